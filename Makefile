@@ -1,0 +1,54 @@
+# `make demo` and `make test` set up everything they need; `make help` lists the rest.
+
+VENV = .venv
+PREFIX = $(VENV)
+MPI ?=
+PYTHON ?=
+JOBS ?= 2
+
+# $(abspath) would break names with spaces
+with_bin = PATH="$$(cd "$(PREFIX)" && pwd)/bin:$$PATH"
+install = ./install.sh --prefix "$(PREFIX)" $(if $(MPI),--mpi "$(MPI)") $(if $(PYTHON),--python "$(PYTHON)")
+
+.PHONY: help install demo test test-fast test-slow lint clean
+
+help:
+	@echo 'make demo       set up .venv if need be, and train a small network on two ranks'
+	@echo 'make test       set up .venv if need be, check the style and the types, and run the tests'
+	@echo 'make test-fast  the tests that start no other processes'
+	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make lint       style and types only'
+	@echo 'make install    set up only, without the extras of the demo and the tests'
+	@echo 'make clean      remove what tests, tools and builds left behind; keeps .venv'
+	@echo
+	@echo 'PREFIX=DIR      another environment than .venv'
+	@echo 'MPI=system      the MPI whose mpicc is on PATH, or MPI=/path/to/mpicc; otherwise Open MPI from PyPI'
+	@echo 'PYTHON=python3  the Python to build on, 3.10 to 3.13'
+	@echo 'JOBS=2          unit tests at once'
+
+install:
+	@$(install)
+
+demo:
+	@$(install) --extras demo
+	@$(with_bin) ./demo.sh
+
+test:
+	@$(install) --extras test
+	@$(with_bin) .ci/test all $(JOBS)
+
+test-fast:
+	@$(install) --extras test
+	@$(with_bin) .ci/test fast $(JOBS)
+
+test-slow:
+	@$(install) --extras test
+	@$(with_bin) .ci/test slow
+
+lint:
+	@$(install) --extras test
+	@$(with_bin) .ci/test lint
+
+clean:
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

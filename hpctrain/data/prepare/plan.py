@@ -1,0 +1,185 @@
+"""What a preparation will make: labels, order, number of shards, and the keys by which finished work is recognized."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpctrain.data.hashing import hash64
+from hpctrain.data.prepare.sources import Listing, SourceImage
+from hpctrain.data.shard import MAX_SHARDS, VERSION, shard_bounds, shard_file_name
+from hpctrain.errors import UserError, nearest
+
+_MAX_SHARD_BYTES = 128 << 20
+_LEAST_SHARDS = 8  # so that small data sets can be cut into partitions as well
+_GUESSED_BYTES_PER_PIXEL = 0.4  # of a photograph as JPEG of quality 90
+_GUESSED_ASPECT = 1.33
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is done to every image: kept (nothing set), scaled down to `resize`, or decoded to `raw_size` squared."""
+
+    resize: int | None = None
+    quality: int = 90
+    raw_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("--resize", self.resize), ("--raw", self.raw_size)):
+            if value is not None and not 1 <= value <= 16384:
+                raise UserError(f"{name} is {value}; expected a number of pixels from 1 to 16384")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality is {self.quality}; expected 1 to 100")
+        if self.resize is not None and self.raw_size is not None:
+            raise UserError("--resize and --raw exclude each other; --raw scales images itself")
+
+    @property
+    def name(self) -> str:
+        return "raw" if self.raw_size else "jpeg"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        return (self.raw_size, self.raw_size, 3) if self.raw_size else None
+
+
+@dataclass
+class Plan:
+    """The whole data set to be: images in their final order, cut into shards."""
+
+    folder: Path
+    split: str
+    encoding: Encoding
+    seed: int
+    class_names: list[str]
+    images: list[SourceImage]  # record i is made from images[i], if none is skipped
+    labels: list[int]
+    num_shards: int
+    planned_shards: int  # the same, unless so many images are skipped that fewer are left than shards
+    source_kind: str
+    source_digest: str
+    skipped: list[str] = field(default_factory=list)  # names of images left out because they cannot be decoded
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the content of the shards follows from; kept in the manifest."""
+        return {
+            "source": self.source_kind,
+            "source_digest": self.source_digest,
+            "seed": self.seed,
+            "num_shards": self.planned_shards,
+            **asdict(self.encoding),
+        }
+
+    @property
+    def key(self) -> str:
+        """A hash of the options: two runs with the same key make the same data set."""
+        return _digest(json.dumps([VERSION, self.split, self.class_names, self.options]))
+
+    def file(self, shard: int) -> str:
+        return shard_file_name(self.split, shard, self.num_shards)
+
+    def bounds(self) -> list[int]:
+        bounds: list[int] = shard_bounds(len(self.images), self.num_shards).tolist()
+        return bounds
+
+    def without(self, names: Iterable[str]) -> "Plan":
+        """Return the plan that leaves the named images out: the order of the others stays the same."""
+        out = set(names)
+        kept = [i for i, image in enumerate(self.images) if image.name not in out]
+        if not kept:
+            raise UserError("none of the images can be decoded")
+        return replace(
+            self,
+            images=[self.images[i] for i in kept],
+            labels=[self.labels[i] for i in kept],
+            num_shards=min(self.num_shards, len(kept)),
+            skipped=sorted({*self.skipped, *out}),
+        )
+
+
+def make_plan(
+    listing: Listing,
+    source_kind: str,
+    folder: Path,
+    split: str,
+    encoding: Encoding,
+    seed: int,
+    shards: int | None,
+    class_names: Sequence[str] | None,
+    classes_from: str,
+) -> Plan:
+    """Work out labels, order and shards. `class_names` comes from `classes_from` (for errors), or from the input."""
+    if class_names is None:
+        filled = {image.class_name for image in listing.images}
+        empty = [name for name in listing.class_names if name not in filled]
+        if empty:
+            raise UserError(
+                f"{len(empty)} class folders hold no images, the first is {empty[0]!r}; remove them, or give the "
+                "classes with --classes FILE"
+            )
+        class_names = listing.class_names
+    number = {name: i for i, name in enumerate(class_names)}
+    unknown = sorted({image.class_name for image in listing.images} - set(number))
+    if unknown:
+        raise UserError(f"class {unknown[0]!r} of the input is not in {classes_from}; {nearest(unknown[0], number)}")
+    images = [listing.images[i] for i in shuffled(len(listing.images), seed)]
+    num_shards = _number_of_shards(images, encoding, shards)
+    return Plan(
+        folder=folder,
+        split=split,
+        encoding=encoding,
+        seed=seed,
+        class_names=list(class_names),
+        images=images,
+        labels=[number[image.class_name] for image in images],
+        num_shards=num_shards,
+        planned_shards=num_shards,
+        source_kind=source_kind,
+        source_digest=_digest(*(f"{image.name}\0{image.class_name}\0{image.num_bytes}" for image in listing.images)),
+    )
+
+
+def shuffled(num_records: int, seed: int) -> NDArray[np.int64]:
+    """Return a permutation int64[num_records] that a seed gives on every machine and in every year: a sort by hash."""
+    return np.argsort(hash64(seed, np.arange(num_records, dtype=np.int64)), kind="stable").astype(np.int64)
+
+
+def _number_of_shards(images: Sequence[SourceImage], encoding: Encoding, wanted: int | None) -> int:
+    """A power of two, which any usual number of partitions divides, with shards of 64 to 128 MiB; 8 at least."""
+    limit = min(len(images), MAX_SHARDS)
+    if wanted is not None:
+        if not 1 <= wanted <= limit:
+            raise UserError(f"--shards is {wanted}; expected 1 to {limit}, the number of images")
+        return wanted
+    if encoding.raw_size:
+        total = len(images) * encoding.raw_size**2 * 3
+    else:
+        most = max(image.num_bytes for image in images)
+        if encoding.resize:
+            most = int(encoding.resize**2 * _GUESSED_ASPECT * _GUESSED_BYTES_PER_PIXEL)
+        total = sum(min(image.num_bytes, most) for image in images)
+    shards = 1
+    while shards * 2 <= limit and (shards < _LEAST_SHARDS or total > shards * _MAX_SHARD_BYTES):
+        shards *= 2
+    return shards
+
+
+def difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Say in words which options two preparations differ in."""
+    words = []
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            words.append("other input files" if name == "source_digest" else f"{name} {made.get(name)}, now {value}")
+    return "; ".join(words) or "other classes"
+
+
+def _digest(*texts: str) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()

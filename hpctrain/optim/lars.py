@@ -1,0 +1,176 @@
+"""LARS, layer-wise adaptive rate scaling (You, Gitman, Ginsburg: arXiv 1708.03888), in the variants people run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hpctrain.errors import UserError, nearest
+from hpctrain.optim import exclusion
+from hpctrain.optim.exclusion import RANK_RULE, Exclusion
+from hpctrain.optim.sgd import SGD, Update, check_at_least_zero, check_choice, with_decay
+
+NORMS = ("separate", "combined")
+
+_NOTHING_LEFT_OUT = {"exclude_from_decay": None, "exclude_from_trust": None}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"norm": "separate", "rate": "inside", **_NOTHING_LEFT_OUT},
+    "mlperf": {"norm": "separate", "rate": "inside", "exclude_from_decay": RANK_RULE, "exclude_from_trust": RANK_RULE},
+    "tf_models": {"norm": "combined", "rate": "inside", **_NOTHING_LEFT_OUT},
+    "optax": {"norm": "combined", "rate": "inside", **_NOTHING_LEFT_OUT},
+}
+
+
+@keras.saving.register_keras_serializable(package="hpctrain")
+class LARS(SGD):
+    """Momentum SGD in which each variable has a local rate, in proportion to the norm of its weights.
+
+    For each variable w with gradient g, weight decay wd (0 if left out of decay), norms |.| over all its elements:
+
+        norm="separate":  local = trust_coefficient * |w| / (|g| + wd * |w| + epsilon)
+        norm="combined":  local = trust_coefficient * |w| / (|g + wd * w| + epsilon)
+        clip=True:        local = min(local / lr, 1)                                   (LARC)
+        local = 1 where a norm of the formula is 0, so a new layer of zeros moves by lr * (g + wd * w);
+        local = 1 for a variable left out of trust
+
+        rate="inside":    v = m * v + lr * local * (g + wd * w);   w = w - v
+        rate="outside":   v = m * v + local * (g + wd * w);        w = w - lr * v
+
+    Args:
+        learning_rate, momentum, weight_decay, nesterov, rate, momentum_correction: as in `SGD`.
+        trust_coefficient: the eta of the paper, at least 0.
+        epsilon: added to the denominator; 0 means 0.
+        norm: "separate" norms of weight and gradient (the paper), or the "combined" norm of the decayed gradient.
+        exclude_from_decay, exclude_from_trust: which variables get no decay and which have no local rate; see `SGD`.
+            By default scalars and vectors (biases, batch normalization) are left out of both. Without decay a
+            variable has none in its local rate either.
+        clip: LARC, the local rate as a ceiling: the effective rate is min(local, lr).
+        decay_in_update: False keeps wd in the separate norms' local rate but out of the update, as tf.contrib did.
+        name, **kwargs: as every Keras optimizer takes.
+
+    Norms are computed in float32 (float64 for float64 variables), whatever the variables' dtype. Gradients that are
+    not finite, sparse or None are treated as in `SGD`. `LARS.preset` gives the settings of well-known implementations.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        trust_coefficient: float = 1e-3,
+        epsilon: float = 0.0,
+        nesterov: bool = False,
+        norm: str = "separate",
+        rate: str = "inside",
+        exclude_from_decay: Exclusion = RANK_RULE,
+        exclude_from_trust: Exclusion = RANK_RULE,
+        clip: bool = False,
+        momentum_correction: bool = False,
+        decay_in_update: bool = True,
+        name: str = "lars",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            rate=rate,
+            exclude_from_decay=exclude_from_decay,
+            momentum_correction=momentum_correction,
+            name=name,
+            **kwargs,
+        )
+        check_at_least_zero("trust_coefficient", trust_coefficient)
+        check_at_least_zero("epsilon", epsilon)
+        check_choice("norm", norm, NORMS)
+        if norm == "combined" and not decay_in_update:
+            raise UserError("decay_in_update=False needs norm='separate': the combined norm is that of the update.")
+        self.trust_coefficient = float(trust_coefficient)
+        self.epsilon = float(epsilon)
+        self.norm = norm
+        self.clip = bool(clip)
+        self.decay_in_update = bool(decay_in_update)
+        self.exclude_from_trust = exclusion.normalize("exclude_from_trust", exclude_from_trust)
+
+    @classmethod
+    def preset(cls, name: str, learning_rate: Any, **overrides: Any) -> "LARS":
+        """Return LARS as the implementation `name` computes it; `overrides` are further constructor arguments.
+
+        A preset fixes the formula; momentum, weight decay and coefficients keep the defaults of `LARS` unless given.
+
+        - "paper": Intel Caffe 1.0.7. Separate norms, rate inside, nothing left out. (In its fused update; built without
+          that, its gradient norm already contains the decay. It corrects momentum during warm-up only.)
+        - "mlperf": the MLPerf TensorFlow 2 reference. Separate norms with epsilon, rate inside; batch normalization
+          and biases (here: rank 0 and 1) have neither decay nor local rate. The reference turns an epsilon of 0 into
+          1e-7; give `epsilon=1e-7` for that.
+        - "tf_models": official/modeling/optimization in tensorflow/models, classic momentum. Decay is added to the
+          gradient before its norm, rate inside; its two lists of exclusions are the caller's and empty at first.
+        - "optax": optax.lars. As tf_models; its two masks are the caller's and select everything at first.
+        """
+        if name not in PRESETS:
+            raise UserError(f"Unknown LARS preset {name!r}; {nearest(str(name), PRESETS)}")
+        return cls(learning_rate, **{**PRESETS[name], **overrides})
+
+    def build(self, variables: list[Any]) -> None:
+        """Create the momentum buffers and settle which of `variables` decay and which have a local rate."""
+        if self.built:
+            return
+        super().build(variables)
+        self._trusted = tuple(not exclusion.is_left_out(self.exclude_from_trust, v) for v in variables)
+
+    def _with_factors(self, updates: list[Update], learning_rate: Any) -> list[tuple[Update, Any]]:
+        if self.norm == "combined":
+            updates = [self._decayed(update) if self._trusted[update.position] else update for update in updates]
+        trusted = [update for update in updates if self._trusted[update.position]]
+        if trusted:
+            local_rates = self._local_rates(trusted, learning_rate)
+            factors = local_rates * tf.cast(learning_rate, local_rates.dtype) if self._rate_inside else local_rates
+            local_factors = dict(zip((u.position for u in trusted), tf.unstack(factors), strict=True))
+        else:
+            local_factors = {}
+        if not self.decay_in_update:
+            updates = [update._replace(decay=0.0) for update in updates]
+        return [
+            (update, local_factors.get(update.position, factor))
+            for update, factor in super()._with_factors(updates, learning_rate)
+        ]
+
+    def _decayed(self, update: Update) -> Update:
+        if not update.decay:
+            return update
+        return update._replace(gradient=with_decay(update.gradient, update.weight, update.decay), decay=0.0)
+
+    def _local_rates(self, updates: Sequence[Update], learning_rate: Any) -> Any:
+        """Return the local rates of `updates` as one vector: scalar arithmetic once for all, not once a variable."""
+        dtype = tf.float64 if any(update.weight.dtype == tf.float64 for update in updates) else tf.float32
+        weight_norms = _norms([update.weight for update in updates], dtype)
+        gradient_norms = _norms([update.gradient for update in updates], dtype)
+        decays = tf.constant([update.decay for update in updates], dtype)  # zeros with the combined norm
+        local = self.trust_coefficient * weight_norms / (gradient_norms + decays * weight_norms + self.epsilon)
+        if self.clip:
+            rate = tf.cast(learning_rate, dtype)
+            local = tf.where(local < rate, local / rate, tf.ones_like(local))
+        return tf.where((weight_norms > 0) & (gradient_norms > 0), local, tf.ones_like(local))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what the constructor needs to make the optimizer again, as JSON can hold it."""
+        return {
+            **super().get_config(),
+            "trust_coefficient": self.trust_coefficient,
+            "epsilon": self.epsilon,
+            "norm": self.norm,
+            "clip": self.clip,
+            "decay_in_update": self.decay_in_update,
+            "exclude_from_trust": exclusion.to_config("exclude_from_trust", self.exclude_from_trust),
+        }
+
+
+def _norms(tensors: list[Any], dtype: Any) -> Any:
+    """Return the Euclidean norms of `tensors` as a vector of `dtype`; L2Loss is one fused pass, half the squares' sum.
+
+    Sums are taken in each tensor's dtype, 16-bit ones in float32.
+    """
+    wide = [t if t.dtype in (tf.float32, tf.float64) else tf.cast(t, tf.float32) for t in tensors]
+    return tf.sqrt(2.0 * tf.stack([tf.cast(tf.nn.l2_loss(t), dtype) for t in wide]))

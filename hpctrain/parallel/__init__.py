@@ -1,0 +1,1 @@
+"""The MPI and Horovod world: ranks, launch settings, allreduce of gradients. Knows nothing of training."""

@@ -1,0 +1,161 @@
+"""The ranks of one job: who they are, where they run, how they agree, and how they end together."""
+
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from hpctrain.errors import UserError
+from hpctrain.parallel.launch import Place, Plan, launcher_rank, launcher_size, plan_rank, set_environment, this_place
+
+T = TypeVar("T")
+
+_ROOT_SPEAKS_FIRST_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among all. `comm` is mpi4py's communicator; only this module and `reduce` know what it is."""
+
+    rank: int
+    size: int
+    host: str
+    places: tuple[Place, ...]  # of all ranks, by rank
+    plans: tuple[Plan, ...]
+    comm: Any
+    mpi_version: str
+
+    @property
+    def plan(self) -> Plan:
+        """This rank's threads and CPUs."""
+        return self.plans[self.rank]
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    def from_root(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 alone and return its result on every rank; a UserError there is raised everywhere."""
+        if self.size == 1:
+            return make()
+        outcome: tuple[bool, Any] = (False, None)
+        if self.is_root:
+            try:
+                outcome = (True, make())
+            except UserError as error:
+                outcome = (False, str(error))
+        good, value = self.comm.bcast(outcome, root=0)
+        if not good:
+            raise UserError(value)
+        return value
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        return value if self.size == 1 else self.comm.bcast(value, root=0)
+
+    def allgather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, on every rank."""
+        return [value] if self.size == 1 else self.comm.allgather(value)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self.comm.Barrier()
+
+    def agree(self) -> "World":
+        """Raise UserError on every rank when the launcher started more ranks than MPI knows of; else return self."""
+        started = launcher_size()
+        if started > 1 and self.size == 1:
+            raise UserError(
+                f"the launcher started {started} ranks but MPI ({self.mpi_version}) sees each as a world of its own; "
+                "use the launcher this MPI was built for (mpirun of the same MPI, or srun --mpi=pmix)"
+            )
+        return self
+
+
+def alone(threads: int = 1) -> World:
+    """Return the world of this process by itself, without MPI: for programs that train beside each other."""
+    place = this_place(socket.gethostname())
+    return World(0, 1, place.host, (place,), (Plan(threads, place.cpus, "alone"),), None, "no MPI")
+
+
+def start(*, deterministic: bool = False, threads: int | None = None) -> World:
+    """Start MPI and settle threads and binding. To be called before TensorFlow is imported."""
+    set_environment(deterministic)
+    import mpi4py
+
+    mpi4py.rc.thread_level = "multiple"  # Horovod communicates from a thread of its own
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    host = socket.gethostname()
+    places = tuple(comm.allgather(this_place(host)))
+    plan = plan_rank(places, comm.Get_rank(), threads)  # each its own: thousands of them take time
+    plans = tuple(comm.allgather(plan))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, plan.cpus)
+    os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))
+    version = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+    return World(comm.Get_rank(), comm.Get_size(), host, places, plans, comm, version).agree()
+
+
+def run_rank(main: Callable[[], int]) -> NoReturn:
+    """Run a rank's program and end the process so that no other rank is left waiting for it.
+
+    Whatever goes wrong, the last thing on stderr from this program is one line with the reason, and for anything but
+    a user's mistake also with rank and host. Then the job is aborted, because the other ranks wait in a collective.
+    """
+    faulthandler.enable()
+    try:
+        code = main()
+    except UserError as error:
+        end_with_mistake(str(error))
+    except KeyboardInterrupt:
+        _end(f"hpctrain: interrupted ({_where()})", 130)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code
+        else:
+            traceback.print_exc()
+            _end(f"hpctrain: {type(error).__name__}: {_first_line(error)} ({_where()})", 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def end_with_mistake(message: str) -> NoReturn:
+    """End all ranks with exit code 2 and one sentence.
+
+    Most mistakes are found by all ranks alike; then only rank 0 says so. The others give it a moment, and speak for
+    themselves if they turn out to be alone with it, as with a shard that one node cannot read.
+    """
+    if launcher_rank() == 0:
+        _end(f"hpctrain: error: {message}", 2)
+    time.sleep(_ROOT_SPEAKS_FIRST_SECONDS)
+    _end(f"hpctrain: error: {message} ({_where()})", 2)
+
+
+def _where() -> str:
+    return f"rank {launcher_rank()} on {socket.gethostname()}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Print the reason and end this process at once, and all others with it when MPI runs."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.Get_size() > 1:
+            MPI.COMM_WORLD.Abort(code)
+    os._exit(code)  # no exit handlers: Horovod's would wait for the other ranks

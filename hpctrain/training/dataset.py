@@ -1,0 +1,64 @@
+"""The splits of a run, opened on all ranks. Imports no TensorFlow, so that a mistaken path is found at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpctrain.config import Config
+from hpctrain.data.manifest import Manifest, split_directories
+from hpctrain.data.reader import ShardReader
+from hpctrain.errors import UserError
+from hpctrain.parallel.world import World
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The splits of a run, opened on every rank from manifests that rank 0 has read."""
+
+    train: ShardReader | None  # None with synthetic data
+    val: ShardReader | None  # None when there is no such split
+    num_records: int
+    num_classes: int
+
+
+def open_split(directory: str | Path, split: str, world: World, *, required: bool = True) -> ShardReader | None:
+    """Open DIR/split (or DIR itself when it is that split) on every rank; only rank 0 looks at the manifest's file."""
+
+    def read() -> tuple[str, str] | None:
+        folder = Path(directory) / split
+        if not folder.is_dir():
+            own = Path(directory) / "dataset.json"
+            if own.is_file() and Manifest.load(directory).split == split:
+                folder = Path(directory)
+            elif not required:
+                return None
+            else:
+                split_directories(directory)  # says what is there, if it is no data set at all
+                raise UserError(
+                    f"{directory} has no {split} split; make one with `hpctrain data prepare IMAGES {directory} "
+                    f"--split {split}`"
+                )
+        manifest = Manifest.load(folder)
+        manifest.check_files(folder)
+        return manifest.to_json(), str(folder)
+
+    found = world.from_root(read)
+    return ShardReader(Manifest.from_json(found[0]), found[1]) if found else None
+
+
+def open_data(config: Config, world: World) -> DataSet:
+    """Open the data of a configuration, or raise UserError on every rank."""
+    if config.data.synthetic:
+        return DataSet(None, None, config.data.synthetic_records, config.model.num_classes or 1000)
+    if config.data.path is None:
+        raise UserError("the recipe names no data; set data.path=DIR to prepared shards, or data.synthetic=true")
+    train = open_split(config.data.path, "train", world)
+    val = open_split(config.data.path, "val", world, required=False)
+    assert train is not None
+    classes = config.model.num_classes or train.num_classes
+    for reader in (train, val):
+        if reader is not None and reader.num_classes > classes:
+            raise UserError(
+                f"the data in {config.data.path} has {reader.num_classes} classes but model.num_classes is {classes}; "
+                "leave it unset to take the data set's"
+            )
+    return DataSet(train, val, train.num_records, classes)

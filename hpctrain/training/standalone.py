@@ -1,0 +1,68 @@
+"""What is done with a finished or interrupted run outside of training: evaluation, and loading it as a Keras model."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import keras
+
+from hpctrain.config import Config, load_config
+from hpctrain.data.reader import ShardReader
+from hpctrain.errors import UserError
+from hpctrain.parallel.reduce import Reducer
+from hpctrain.parallel.world import World
+from hpctrain.training import session
+from hpctrain.training.checkpoint import Checkpoint, arrays_to_variables
+from hpctrain.training.loop import load_checkpoint
+from hpctrain.training.step import model_state
+
+
+def evaluate_checkpoint(config: Config, world: World, reader: ShardReader, path: Path, as_json: bool) -> None:
+    """Evaluate a run directory's newest checkpoint, or the given one, on a split; rank 0 prints the result."""
+    session.configure_tensorflow(config, world.plan.threads)
+    found: list[Checkpoint] = []  # on rank 0
+
+    def load() -> tuple[int, int]:
+        checkpoint, complaints = load_checkpoint(path)
+        for complaint in complaints:
+            print(f"warning: {complaint}; taking an earlier checkpoint", file=sys.stderr)
+        found.append(checkpoint)
+        return found[0].step, int(found[0].run["model.num_classes"])
+
+    step, num_classes = world.from_root(load)
+    if reader.num_classes > num_classes:
+        raise UserError(f"the data has {reader.num_classes} classes, the model was trained on {num_classes}")
+    model = session.build_model(config, num_classes)
+    variables = [*model.trainable_variables, *model_state(model)]
+    world.from_root(lambda: arrays_to_variables(found[0].model, variables, "model"))
+    Reducer(world).broadcast([variable.value for variable in variables])
+    result = session.build_evaluator(config, model, reader, world, world.plan.threads)()
+    if not world.is_root:
+        return
+    if as_json:
+        values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "num_images": result.num_images}
+        print(json.dumps({"step": step, **values}))
+    else:
+        print(
+            f"step {step}: loss {result.loss:.4f}, top-1 {result.top1:.2%}, top-5 {result.top5:.2%} "
+            f"of {result.num_images} images"
+        )
+
+
+def load_model(run: str | Path) -> keras.Model:
+    """Return the trained Keras model of a run directory, with the weights of its newest checkpoint.
+
+    Raises UserError when there is none that can be read.
+    """
+    path = Path(run)
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{run} is no run directory: it has no config.yaml")
+    config = load_config(path / "config.yaml")
+    checkpoint, complaints = load_checkpoint(path)
+    for complaint in complaints:
+        warnings.warn(f"{complaint}; taking an earlier checkpoint", stacklevel=2)
+    classes = config.model.num_classes or int(checkpoint.run["model.num_classes"])
+    model = session.build_model(config, classes)
+    arrays_to_variables(checkpoint.model, [*model.trainable_variables, *model_state(model)], "model")
+    return model
