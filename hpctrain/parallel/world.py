@@ -16,6 +16,7 @@ from hpctrain.parallel.launch import Place, Plan, launcher_rank, launcher_size, 
 T = TypeVar("T")
 
 _ROOT_SPEAKS_FIRST_SECONDS = 3.0
+_LAUNCHER_READS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -157,5 +158,6 @@ def _end(message: str, code: int) -> NoReturn:
         from mpi4py import MPI
 
         if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.Get_size() > 1:
+            time.sleep(_LAUNCHER_READS_SECONDS)  # a launcher told to abort may drop what it has not passed on yet
             MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # no exit handlers: Horovod's would wait for the other ranks

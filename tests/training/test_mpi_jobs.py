@@ -89,9 +89,9 @@ def test_a_missing_shard_is_said_once_and_ends_all(shards: Path, launcher: Launc
     gone = sorted((broken / "train").glob("*.h5"))[1]
     gone.unlink()
     outcome = launcher.run(2, "train", "demo", f"data.path={broken}", *QUICK, "--run-dir", str(tmp_path / "run"))
-    assert outcome.code == 2
+    assert outcome.code == 2, outcome
     said = [line for line in outcome.stderr.splitlines() if line.startswith("hpctrain: error:")]
-    assert len(said) == 1 and gone.name in said[0]
+    assert len(said) == 1 and gone.name in said[0], outcome
     assert "Traceback" not in outcome.stderr
 
 
@@ -107,9 +107,9 @@ def test_a_mistake_is_one_sentence_from_rank_0(
     arguments: list[str], expected: str, launcher: Launcher, tmp_path: Path
 ) -> None:
     outcome = launcher.run(2, *arguments)
-    assert outcome.code == 2
+    assert outcome.code == 2, outcome
     said = [line for line in outcome.stderr.splitlines() if line.startswith("hpctrain: error:")]
-    assert len(said) == 1 and expected in said[0]
+    assert len(said) == 1 and expected in said[0], outcome
     assert "Traceback" not in outcome.stderr
 
 
