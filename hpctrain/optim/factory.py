@@ -27,6 +27,8 @@ def make_optimizer(
     exclude_from_trust: Exclusion = RANK_RULE,
     clip: bool = False,
     momentum_correction: bool = False,
+    decay_in_update: bool = True,
+    adapt: str = "gradient",
 ) -> keras.optimizers.Optimizer:
     """Return the optimizer called `name`: "lars", "sgd" (both hpctrain's) or "lamb" (Keras' own).
 
@@ -51,6 +53,8 @@ def make_optimizer(
             norm=norm,
             exclude_from_trust=exclude_from_trust,
             clip=clip,
+            decay_in_update=decay_in_update,
+            adapt=adapt,
             **momentum_options,
         )
     if name == "sgd":

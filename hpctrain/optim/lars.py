@@ -12,12 +12,21 @@ from hpctrain.optim.exclusion import RANK_RULE, Exclusion
 from hpctrain.optim.sgd import SGD, Update, check_at_least_zero, check_choice, with_decay
 
 NORMS = ("separate", "combined")
+ADAPTS = ("gradient", "update")
 
 _NOTHING_LEFT_OUT = {"exclude_from_decay": None, "exclude_from_trust": None}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"norm": "separate", "rate": "inside", **_NOTHING_LEFT_OUT},
     "mlperf": {"norm": "separate", "rate": "inside", "exclude_from_decay": RANK_RULE, "exclude_from_trust": RANK_RULE},
     "tf_models": {"norm": "combined", "rate": "inside", **_NOTHING_LEFT_OUT},
+    "tf_models_popular": {"norm": "combined", "rate": "outside", "adapt": "update", **_NOTHING_LEFT_OUT},
+    "tf_contrib": {
+        "norm": "separate",
+        "rate": "outside",
+        "adapt": "update",
+        "decay_in_update": False,
+        **_NOTHING_LEFT_OUT,
+    },
     "optax": {"norm": "combined", "rate": "inside", **_NOTHING_LEFT_OUT},
 }
 
@@ -36,6 +45,9 @@ class LARS(SGD):
 
         rate="inside":    v = m * v + lr * local * (g + wd * w);   w = w - v
         rate="outside":   v = m * v + local * (g + wd * w);        w = w - lr * v
+        rate="outside" and adapt="update":
+                          v = m * v + (g + wd * w);                w = w - lr * local * v
+                          and the combined norm is that of v (with Nesterov: of m * v + g + wd * w)
 
     Args:
         learning_rate, momentum, weight_decay, nesterov, rate, momentum_correction: as in `SGD`.
@@ -45,6 +57,8 @@ class LARS(SGD):
         exclude_from_decay, exclude_from_trust: which variables get no decay and which have no local rate; see `SGD`.
             By default scalars and vectors (biases, batch normalization) are left out of both. Without decay a
             variable has none in its local rate either.
+        adapt: whether the local rate scales the "gradient" that enters the momentum buffer (the paper) or the
+            "update" that leaves it, which needs rate="outside".
         clip: LARC, the local rate as a ceiling: the effective rate is min(local, lr).
         decay_in_update: False keeps wd in the separate norms' local rate but out of the update, as tf.contrib did.
         name, **kwargs: as every Keras optimizer takes.
@@ -68,6 +82,7 @@ class LARS(SGD):
         clip: bool = False,
         momentum_correction: bool = False,
         decay_in_update: bool = True,
+        adapt: str = "gradient",
         name: str = "lars",
         **kwargs: Any,
     ) -> None:
@@ -87,11 +102,15 @@ class LARS(SGD):
         check_choice("norm", norm, NORMS)
         if norm == "combined" and not decay_in_update:
             raise UserError("decay_in_update=False needs norm='separate': the combined norm is that of the update.")
+        check_choice("adapt", adapt, ADAPTS)
+        if adapt == "update" and rate != "outside":
+            raise UserError("adapt='update' needs rate='outside': what leaves the buffer has no rate in it yet.")
         self.trust_coefficient = float(trust_coefficient)
         self.epsilon = float(epsilon)
         self.norm = norm
         self.clip = bool(clip)
         self.decay_in_update = bool(decay_in_update)
+        self.adapt = adapt
         self.exclude_from_trust = exclusion.normalize("exclude_from_trust", exclude_from_trust)
 
     @classmethod
@@ -107,6 +126,10 @@ class LARS(SGD):
           1e-7; give `epsilon=1e-7` for that.
         - "tf_models": official/modeling/optimization in tensorflow/models, classic momentum. Decay is added to the
           gradient before its norm, rate inside; its two lists of exclusions are the caller's and empty at first.
+        - "tf_models_popular": the same with classic_momentum=False: the local rate and the rate outside, the norm
+          that of the update.
+        - "tf_contrib": tf.contrib.opt.LARSOptimizer of TensorFlow 1. Separate norms, the local rate and the rate
+          outside; decay counts in the local rate only (its users add it to the loss); its skip list is empty at first.
         - "optax": optax.lars. As tf_models; its two masks are the caller's and select everything at first.
         """
         if name not in PRESETS:
@@ -120,20 +143,30 @@ class LARS(SGD):
         super().build(variables)
         self._trusted = tuple(not exclusion.is_left_out(self.exclude_from_trust, v) for v in variables)
 
+    def _apply_updates(self, updates: list[Update], learning_rate: Any) -> None:
+        if self.adapt == "gradient":
+            super()._apply_updates(updates, learning_rate)
+            return
+        steps = []
+        for update in updates:
+            gradient = self._decayed(update).gradient if self.decay_in_update else update.gradient
+            moved = update.buffer.assign(self.momentum * update.buffer + gradient)
+            steps.append(self.momentum * moved + gradient if self.nesterov else moved)
+        if self.norm == "combined":
+            updates = [u._replace(gradient=step, decay=0.0) for u, step in zip(updates, steps, strict=True)]
+        local_rates = self._local_rates_by_position(updates, learning_rate)
+        for update, step in zip(updates, steps, strict=True):
+            rate = learning_rate * local_rates.get(update.position, 1.0)
+            update.variable.assign_sub(tf.cast(rate, step.dtype) * step)
+
     def _with_factors(self, updates: list[Update], learning_rate: Any) -> list[tuple[Update, Any]]:
         if self.norm == "combined":
             updates = [self._decayed(update) if self._trusted[update.position] else update for update in updates]
-        trusted = [update for update in updates if self._trusted[update.position]]
-        if trusted:
-            local_rates = self._local_rates(trusted, learning_rate)
-            factors = local_rates * tf.cast(learning_rate, local_rates.dtype) if self._rate_inside else local_rates
-            local_factors = dict(zip((u.position for u in trusted), tf.unstack(factors), strict=True))
-        else:
-            local_factors = {}
+        factors = self._local_rates_by_position(updates, learning_rate, times_rate=self._rate_inside)
         if not self.decay_in_update:
             updates = [update._replace(decay=0.0) for update in updates]
         return [
-            (update, local_factors.get(update.position, factor))
+            (update, factors.get(update.position, factor))
             for update, factor in super()._with_factors(updates, learning_rate)
         ]
 
@@ -141,6 +174,18 @@ class LARS(SGD):
         if not update.decay:
             return update
         return update._replace(gradient=with_decay(update.gradient, update.weight, update.decay), decay=0.0)
+
+    def _local_rates_by_position(
+        self, updates: list[Update], learning_rate: Any, times_rate: bool = False
+    ) -> dict[int, Any]:
+        """Return the local rates, or local rates times the learning rate, of the variables that have one."""
+        trusted = [update for update in updates if self._trusted[update.position]]
+        if not trusted:
+            return {}
+        rates = self._local_rates(trusted, learning_rate)
+        if times_rate:
+            rates *= tf.cast(learning_rate, rates.dtype)
+        return dict(zip((u.position for u in trusted), tf.unstack(rates), strict=True))
 
     def _local_rates(self, updates: Sequence[Update], learning_rate: Any) -> Any:
         """Return the local rates of `updates` as one vector: scalar arithmetic once for all, not once a variable."""
@@ -163,6 +208,7 @@ class LARS(SGD):
             "norm": self.norm,
             "clip": self.clip,
             "decay_in_update": self.decay_in_update,
+            "adapt": self.adapt,
             "exclude_from_trust": exclusion.to_config("exclude_from_trust", self.exclude_from_trust),
         }
 

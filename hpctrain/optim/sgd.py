@@ -110,7 +110,11 @@ class SGD(keras.optimizers.Optimizer):
                 "leave the strategy out: hpctrain train runs one process a replica."
             )
         learning_rate = tf.convert_to_tensor(learning_rate)
-        updates = [self._update_of(g, v) for g, v in zip(grads, trainable_variables, strict=True)]
+        self._apply_updates(
+            [self._update_of(g, v) for g, v in zip(grads, trainable_variables, strict=True)], learning_rate
+        )
+
+    def _apply_updates(self, updates: list[Update], learning_rate: Any) -> None:
         for update, factor in self._with_factors(updates, learning_rate):
             self._apply_update(update, factor, learning_rate)
 

@@ -69,6 +69,23 @@ def ratio_only(w, v, g, lr, last_lr, m, wd, eta):
     return w - v, v
 
 
+def tf_contrib(w, v, g, lr, last_lr, m, wd, eta, eps=0.0, nesterov=False):
+    """tf.contrib.opt: TensorFlow 1's ApplyMomentum with the scaled rate, which stays outside its accumulator."""
+    if norm(w) > 0 and norm(g) > 0:
+        lr = lr * eta * norm(w) / (norm(g) + wd * norm(w) + eps)
+    v = m * v + g
+    return (w - lr * g - lr * m * v if nesterov else w - lr * v), v
+
+
+def tf_models_popular(w, v, g, lr, last_lr, m, wd, eta, nesterov=False):
+    """tensorflow/models with classic_momentum=False: the ratio of weight to update."""
+    g = g + wd * w
+    v = m * v + g
+    update = m * v + g if nesterov else v
+    trust = eta * norm(w) / norm(update) if norm(w) > 0 and norm(update) > 0 else 1.0
+    return w - trust * lr * update, v
+
+
 def corrected(w, v, g, lr, last_lr, m, wd, eta):
     """Goyal et al., equation 10, on LARS: the buffer follows the rate."""
     if w.ndim > 1:

@@ -105,6 +105,22 @@ VARIANTS = {
     ),
     "clip": (lambda: LARS(1.0, clip=True, **ALL), lars_references.larc, REF_ETA),
     "ratio_only": (lambda: LARS(1.0, decay_in_update=False, **ALL), lars_references.ratio_only, REF_ETA),
+    "tf_contrib": (lambda: LARS.preset("tf_contrib", 1.0, **ALL), lars_references.tf_contrib, REF_ETA),
+    "tf_contrib_nesterov_eps": (
+        lambda: LARS.preset("tf_contrib", 1.0, nesterov=True, epsilon=0.1, **ALL),
+        lars_references.tf_contrib,
+        {**REF_ETA, "nesterov": True, "eps": 0.1},
+    ),
+    "tf_models_popular": (
+        lambda: LARS.preset("tf_models_popular", 1.0, **ALL),
+        lars_references.tf_models_popular,
+        REF_ETA,
+    ),
+    "tf_models_popular_nesterov": (
+        lambda: LARS.preset("tf_models_popular", 1.0, nesterov=True, **ALL),
+        lars_references.tf_models_popular,
+        {**REF_ETA, "nesterov": True},
+    ),
     "corrected": (lambda: LARS(1.0, momentum_correction=True, **ALL), lars_references.corrected, REF_ETA),
     "no_momentum": (
         lambda: LARS.preset("paper", 1.0, **{**ALL, "momentum": 0.0}),
@@ -371,6 +387,7 @@ def test_two_processes_give_the_same_bits():
         ({"trust_coefficient": None}, "trust_coefficient"),
         ({"exclude_from_trust": "("}, "regular expression"),
         ({"norm": "combined", "decay_in_update": False}, "separate"),
+        ({"adapt": "update"}, "outside"),
     ],
 )
 def test_wrong_options_are_named(options, part):
