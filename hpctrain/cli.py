@@ -168,15 +168,21 @@ def show_recipe(recipe: str, overrides: tuple[str, ...], keys: bool) -> None:
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), required=True, help="Passes over the data set.")
 @click.option("--batches", required=True, metavar="512,4K,...", help="Global batches to compare; K is 1,024.")
 @click.option("--images", type=click.IntRange(min=1), default=1_280_000, show_default=True, help="Images an epoch.")
+@click.option("--site", help="Estimate the time on this machine: a name from `hpctrain sites`, or a YAML file.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Of the site, for every batch; default: 16 images a node.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan_command(model: str, epochs: float, batches: str, images: int, as_json: bool) -> None:
-    """Compare batch sizes: iterations, bytes moved, accuracy to expect."""
+def plan_command(
+    model: str, epochs: float, batches: str, images: int, site: str | None, nodes: int | None, as_json: bool
+) -> None:
+    """Compare batch sizes: iterations, bytes moved, accuracy to expect, and the time on a site's nodes."""
     import dataclasses
     import json
 
+    from hpctrain.jobs.site import load_site
     from hpctrain.scaling import plan as planning
 
-    rows = planning.plan(model, epochs, planning.parse_batches(batches), images)
+    profile = load_site(site) if site else None
+    rows = planning.plan(model, epochs, planning.parse_batches(batches), images, profile, nodes)
     ratio, paper_ratio = planning.flops_per_parameter(model), planning.paper_flops_per_parameter(model)
     if as_json:
         table: Any = {"model": model, "epochs": epochs, "images": images, "flops_per_parameter": ratio}
@@ -186,12 +192,42 @@ def plan_command(model: str, epochs: float, batches: str, images: int, as_json: 
     click.echo(f"{model}, {epochs:g} epochs of {images:,} images; {planning.model_size(model).parameters:,} parameters")
     note = "" if paper_ratio is None else f" (the paper's rounded counts: {paper_ratio:.3g})"
     click.echo(f"computation to communication: {ratio:.1f} floating-point operations an image for each parameter{note}")
-    click.echo(f"{'batch':>7} {'iterations':>11} {'gradients moved':>16}  top-1 %  recipe")
+    times = f"{'nodes':>6} {'time':>8}  " if profile else ""
+    click.echo(f"{'batch':>7} {'iterations':>11} {'gradients moved':>16}  {times}top-1 %  recipe")
     for row in rows:
         expected = "" if row.expected_top1 is None else f"{row.expected_top1:g}"
         moved = f"{row.gradient_bytes / 1e12:,.2f} TB"
         label = planning.batch_label(row.batch)
-        click.echo(f"{label:>7} {row.iterations:>11,} {moved:>16}  {expected:>7}  {row.recipe or ''}")
+        if row.estimated_seconds is not None:
+            times = f"{row.nodes:>6,} {planning.duration(row.estimated_seconds):>8}  "
+        click.echo(f"{label:>7} {row.iterations:>11,} {moved:>16}  {times}{expected:>7}  {row.recipe or ''}")
+    if profile:
+        click.echo(
+            f"time: {profile.images_per_second[model]:g} images/s a node and a ring allreduce that overlaps with "
+            f"nothing; network: {profile.network.source}"
+        )
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def sites(ctx: click.Context) -> None:
+    """List the machines hpctrain has a profile of, or show one."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from hpctrain.jobs.site import load_site, site_names
+
+    for name in site_names():
+        click.echo(f"{name:<16} {load_site(name).description}")
+
+
+@sites.command("show")
+@click.argument("site")
+def show_site(site: str) -> None:
+    """Print a site's profile, as YAML to copy to ~/.config/hpctrain/sites/ and edit."""
+    from hpctrain.jobs.site import find_site, load_site
+
+    load_site(site)
+    click.echo(find_site(site).read_text(encoding="utf-8"), nl=False)
 
 
 @cli.command()

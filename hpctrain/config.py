@@ -5,7 +5,6 @@ Everything that decides the result of a run is here; nothing here depends on how
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hpctrain.errors import UserError, nearest
+from hpctrain.yaml_file import StrictLoader, explain, read_yaml
 
 
 class _Section(BaseModel):
@@ -170,13 +170,13 @@ def load_config(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str]
         values, where = _copy(recipe), "the configuration"
     else:
         path = find_recipe(recipe)
-        values, where = _read_yaml(path), str(path)
+        values, where = read_yaml(path), str(path)
     for override in overrides:
         _apply(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, where)) from None
+        raise UserError(explain(error, where, [row[0] for row in describe_keys()])) from None
 
 
 def recipe_names() -> list[str]:
@@ -223,40 +223,6 @@ def _fields_of(section: str) -> dict[str, Any]:
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, _Section) else {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no `key: value` lines; expected sections such as model, train, optimizer")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads 1e-4 as a number, where YAML 1.1 insists on 1.0e-4."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -266,7 +232,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; expected key.sub=value, such as train.steps=20")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, StrictLoader)
     except (yaml.YAMLError, ValueError):  # ValueError: a date there is none of, such as 2024-13-01
         value = text
     *sections, last = key.split(".")
@@ -289,23 +255,3 @@ def _check_key(key: str) -> None:
         if key in Config.model_fields:
             raise UserError(f"{key} is a section; set one of its keys, such as {key}.{next(iter(_fields_of(key)))}")
         raise UserError(f"there is no configuration key {key}; {nearest(key, known)}")
-
-
-_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")  # as pydantic calls it; the second is one that is no text
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    """One sentence for the first thing that is wrong."""
-    # A key that is not known first: it is often the misspelled one that another error misses.
-    first = min(error.errors(), key=lambda one: one["type"] not in _UNKNOWN_KEY)
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] in _UNKNOWN_KEY:
-        return f"there is no configuration key {key} (in {where}); {nearest(key, [row[0] for row in describe_keys()])}"
-    if first["type"] == "missing":
-        return f"{where} does not set {key}, which every recipe needs"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    given = first.get("input")
-    message = message[:1].lower() + message[1:]
-    return f"{key} is {given!r}: {message.replace('input should be', 'expected')}"

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from hpctrain.config import Config, load_config, recipe_names
 from hpctrain.data.order import steps_in
 from hpctrain.errors import UserError, nearest
+from hpctrain.jobs.site import Site
 from hpctrain.models.sizes import SIZES, ModelSize
 
 IMAGENET_IMAGES = 1_281_167
 PAPER_IMAGES = 1_280_000  # as the paper rounds it
+PAPER_IMAGES_A_NODE = 16  # 32K over 2,048 KNL nodes
 BYTES_A_GRADIENT = 4
 
 
@@ -39,19 +41,57 @@ class PlanRow:
     gradient_bytes: int
     expected_top1: float | None  # percent, best published with LARS
     recipe: str | None
+    nodes: int | None = None
+    estimated_seconds: float | None = None  # of all iterations, on `nodes` nodes of a site
 
 
-def plan(model: str, epochs: float, batches: Sequence[int], images: int = PAPER_IMAGES) -> list[PlanRow]:
-    """Return a row for each batch size. Raises UserError for an unknown model or a batch larger than the data set."""
+def plan(
+    model: str,
+    epochs: float,
+    batches: Sequence[int],
+    images: int = PAPER_IMAGES,
+    site: Site | None = None,
+    nodes: int | None = None,
+) -> list[PlanRow]:
+    """Return a row for each batch size, with a site also the time it takes there.
+
+    Without `nodes` each batch is spread so that a node has 16 images, the paper's 32K on 2,048 nodes, but at most over
+    all nodes there are. Raises UserError for an unknown model, a batch larger than the data set, or too many nodes.
+    """
     parameters = model_size(model).parameters
+    if nodes is not None and site is None:
+        raise UserError("--nodes needs a --site, whose network and rates the estimated time comes from")
+    if site is not None and nodes is not None and nodes > site.nodes:
+        raise UserError(f"{site.name} has {site.nodes:,} nodes, not {nodes:,}")
     rows = []
     for batch in batches:
         if not 1 <= batch <= images:
             raise UserError(f"a batch of {batch} does not fit a data set of {images} images; choose 1 to {images}")
         iterations = steps_in(epochs, images, batch)
         top1, recipe = _published(model, batch)
-        rows.append(PlanRow(batch, iterations, iterations * parameters * BYTES_A_GRADIENT, top1, recipe))
+        size = parameters * BYTES_A_GRADIENT
+        used, seconds = None, None
+        if site is not None:
+            used = nodes or min(max(1, batch // PAPER_IMAGES_A_NODE), site.nodes)
+            seconds = iterations * step_seconds(site, model, batch, used, size)
+        rows.append(PlanRow(batch, iterations, iterations * size, top1, recipe, used, seconds))
     return rows
+
+
+def step_seconds(site: Site, model: str, batch: int, nodes: int, gradient_bytes: int) -> float:
+    """Return the time of one iteration: the nodes' share of the batch at their published rate, then a ring allreduce.
+
+    The ring takes 2 (P - 1) messages of n / P bytes each: 2 (P - 1) alpha + 2 (P - 1) / P n beta (Thakur,
+    Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005). Nothing overlaps, and
+    a node is as fast on a few images as on many: what it says is neither a bound nor a promise, but the balance of the
+    two terms. Raises UserError for a model the site has no rate of.
+    """
+    if model not in site.images_per_second:
+        raise UserError(f"{site.name} has no rate for {model}; {nearest(model, site.images_per_second)}")
+    compute = batch / nodes / site.images_per_second[model]
+    messages = 2 * (nodes - 1)
+    piece = gradient_bytes / nodes
+    return compute + messages * (site.network.latency_seconds + piece * site.network.seconds_per_byte)
 
 
 def flops_per_parameter(model: str) -> float:
@@ -89,6 +129,14 @@ def batch_label(batch: int) -> str:
     return f"{batch // 1024}K" if batch % 1024 == 0 else str(batch)
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 35 s, 12 min, 3.4 h, 5.1 d."""
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def recipe_facts(config: Config, images: int = IMAGENET_IMAGES) -> list[str]:
     """Return lines on what a recipe amounts to on ImageNet: accuracy, iterations, warm-up, gradient bytes."""
     batch, epochs, warmup = config.train.global_batch, config.train.epochs, config.schedule.warmup_epochs
@@ -106,12 +154,9 @@ def recipe_facts(config: Config, images: int = IMAGENET_IMAGES) -> list[str]:
 
 def _published(model: str, batch: int) -> tuple[float | None, str | None]:
     """The best published top-1 among the LARS recipes of this model and batch, and the recipe's name."""
-    best: tuple[float | None, str | None] = (None, None)
-    for name in recipe_names():
-        if not name.startswith(f"{model}-"):
-            continue
-        config = load_config(name)
-        matches = config.model.name == model and config.train.global_batch == batch
-        if matches and config.optimizer.name == "lars" and (config.expected_top1 or 0) > (best[0] or 0):
-            best = config.expected_top1, name
-    return best
+    configs = [load_config(name) for name in recipe_names() if name.startswith(f"{model}-")]
+    fitting = [c for c in configs if c.train.global_batch == batch and c.optimizer.name == "lars"]
+    if not fitting:
+        return None, None
+    best = max(fitting, key=lambda config: config.expected_top1 or 0)
+    return best.expected_top1, best.name

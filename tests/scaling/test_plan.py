@@ -4,13 +4,16 @@ import pytest
 
 from hpctrain.config import load_config
 from hpctrain.errors import UserError
+from hpctrain.jobs.site import Network, Site
 from hpctrain.models.sizes import SIZES
 from hpctrain.scaling.plan import (
+    duration,
     flops_per_parameter,
     paper_flops_per_parameter,
     parse_batches,
     plan,
     recipe_facts,
+    step_seconds,
 )
 
 
@@ -36,6 +39,53 @@ def test_ratios_of_computation_to_communication() -> None:
 def test_the_best_published_accuracy_of_a_batch_is_named() -> None:
     (row,) = plan("resnet50", 90, [32768])
     assert (row.expected_top1, row.recipe) == (75.4, "resnet50-32k-90epochs")
+
+
+def test_a_recipe_without_a_published_figure_is_named_too() -> None:
+    (row,) = plan("resnet50", 90, [65536])
+    assert (row.expected_top1, row.recipe) == (None, "resnet50-64k")
+
+
+SITE = Site(
+    name="two-by-two",
+    description="",
+    source="",
+    nodes=8,
+    network=Network(latency_seconds=1e-3, seconds_per_byte=1e-9, source=""),
+    images_per_second={"resnet50": 50.0},
+)
+
+
+def test_the_time_of_a_step_is_compute_and_a_ring() -> None:
+    # 4 nodes: 6 messages of a quarter of 400 bytes; 100 images on 4 nodes at 50 a second
+    assert step_seconds(SITE, "resnet50", 100, 4, 400) == pytest.approx(0.5 + 6 * (1e-3 + 100e-9))
+    assert step_seconds(SITE, "resnet50", 100, 1, 400) == pytest.approx(2.0)
+
+
+def test_a_site_gives_nodes_and_times() -> None:
+    small, large = plan("resnet50", 1, [64, 1024], images=1024, site=SITE)
+    assert (small.nodes, large.nodes) == (4, 8)  # 16 images a node, as far as there are nodes
+    assert small.estimated_seconds == pytest.approx(16 * step_seconds(SITE, "resnet50", 64, 4, 25_557_032 * 4))
+    (fixed,) = plan("resnet50", 1, [64], images=1024, site=SITE, nodes=2)
+    assert fixed.nodes == 2
+    (without,) = plan("resnet50", 1, [64], images=1024)
+    assert without.nodes is None and without.estimated_seconds is None
+
+
+def test_what_a_site_cannot_do_is_said() -> None:
+    with pytest.raises(UserError, match="8 nodes"):
+        plan("resnet50", 1, [64], site=SITE, nodes=9)
+    with pytest.raises(UserError, match="no rate for alexnet"):
+        plan("alexnet", 1, [64], site=SITE)
+    with pytest.raises(UserError, match="--site"):
+        plan("resnet50", 1, [64], nodes=2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.14159, "3.14 s"), (89, "89 s"), (786, "13.1 min"), (49320, "13.7 h"), (4e6, "46.3 d")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("text", ["", "512,", "big", "4M", "-5"])
