@@ -10,7 +10,7 @@ JOBS ?= 2
 with_bin = PATH="$$(cd "$(PREFIX)" && pwd)/bin:$$PATH"
 install = ./install.sh --prefix "$(PREFIX)" $(if $(MPI),--mpi "$(MPI)") $(if $(PYTHON),--python "$(PYTHON)")
 
-.PHONY: help install demo test test-fast test-slow lint clean
+.PHONY: help install demo test test-fast test-slow lint large-batch-study clean
 
 help:
 	@echo 'make demo       set up .venv if need be, and train a small network on two ranks'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-fast  the tests that start no other processes'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make lint       style and types only'
+	@echo 'make large-batch-study   accuracy against batch for SGD and LARS, into docs/large-batch-study/'
 	@echo 'make install    set up only, without the extras of the demo and the tests'
 	@echo 'make clean      remove what tests, tools and builds left behind; keeps .venv'
 	@echo
@@ -48,6 +49,11 @@ test-slow:
 lint:
 	@$(install) --extras test
 	@$(with_bin) .ci/test lint
+
+large-batch-study:
+	@$(install) --extras demo
+	@$(with_bin) ./demo.sh data
+	@$(with_bin) python -m benchmarks.large_batch_study demo/shards docs/large-batch-study
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

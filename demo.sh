@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job, end to end: images -> shards -> training on two MPI ranks -> evaluation -> report. `make demo` calls it
 # in a finished environment. Everything it makes is in the folder demo/; what is there already is not made again.
+# With the argument `data` it stops when the shards are there.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
@@ -25,6 +26,9 @@ show python data_prep/make_sample.py demo/images
 say 'Shards'
 show hpctrain data prepare demo/images/train demo/shards --split train
 show hpctrain data prepare demo/images/val demo/shards --split val
+if [[ ${1:-} == data ]]; then
+  exit
+fi
 
 say "Training with LARS on $ranks MPI ranks; on a cluster this is the line to type"
 mpirun=(mpirun -n "$ranks")
