@@ -161,11 +161,11 @@ resolve_mpi() { # a choice of MPI -> `embedded` or the absolute path of its mpic
 digest() {
   {
     printf '%s\n' "$prefix" "$source_dir" "$editable" "$mpi"
-    cat "$source_dir/install.sh" "$source_dir/pyproject.toml"
+    cat "$source_dir/install.sh" "$source_dir/pyproject.toml" "$source_dir"/hpctrain/data/native/*.cc
     awk '/^\[/ { wanted = /^\[(metadata|options)/ } wanted' "$source_dir/setup.cfg"
     if [[ $editable == no ]]; then
       cd "$source_dir"
-      { find "${PACKAGE_PARTS[@]}" -type f ! -name '*.pyc' -print0 2>/dev/null || true; } | LC_ALL=C sort -z | xargs -0 sha256sum
+      { find "${PACKAGE_PARTS[@]}" -type f ! -name '*.pyc' ! -name '*.so' -print0 2>/dev/null || true; } | LC_ALL=C sort -z | xargs -0 sha256sum
     fi
   } | sha256sum | cut -d ' ' -f 1
 }
@@ -187,7 +187,11 @@ python_fits() { # true if the environment's Python works and is the one asked fo
   [[ $is == "$wanted" ]]
 }
 
-finished() { [[ $(stamped digest) == "$wanted_digest" ]] && extras_installed && python_fits; }
+compiled() { # true unless the image operation, which belongs into an editable package's own folder, is not there
+  [[ $editable == no || -e $source_dir/hpctrain/data/native/_crop_resize.so ]]
+}
+
+finished() { [[ $(stamped digest) == "$wanted_digest" ]] && extras_installed && python_fits && compiled; }
 
 mpi=${mpi:-$(stamped mpi)} # without a choice an environment keeps the MPI it has
 mpi=$(resolve_mpi "${mpi:-embedded}") || exit 2
@@ -460,6 +464,7 @@ if [[ $(stamped wheels) != "$wheel_dir" ]]; then
   run "installing Horovod" pip install --force-reinstall --no-deps "$wheel_dir"/*.whl
 fi
 run "installing what Horovod needs" pip install "$wheel_dir"/*.whl
+run "compiling the image operation" env -C "$work" CXX="$compiler" "$prefix/bin/python" -m hpctrain.data.native.build
 
 # ---------------------------------------------------------------- 5: does it work?
 

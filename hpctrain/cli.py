@@ -16,7 +16,10 @@ class _Verbs(click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._elsewhere = {"data": ("hpctrain.data.commands", "data", "Prepare, verify and look at shards.")}
+        self._elsewhere = {
+            "data": ("hpctrain.data.commands", "data", "Prepare, verify and look at shards."),
+            "bench": ("hpctrain.bench.commands", "bench", "Measure parts of a training job on this machine."),
+        }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *self._elsewhere]

@@ -41,6 +41,10 @@ class DataConfig(_Section):
     shuffle_block: int = Field(1, gt=0, description="neighboring records that are shuffled and read as one piece")
     partitions: int = Field(1, gt=0, description="ranges of the data set that are shuffled apart; nodes, when staging")
     on_bad_record: Literal["error", "skip"] = Field("error", description="what a damaged record does to the run")
+    read_ahead_batches: int = Field(2, gt=0, description="micro-batches that are ready before the step asks for them")
+    page_cache: Literal["keep", "drop"] = Field(
+        "keep", description="drop: ask the kernel to forget what was read, for data larger than a node's memory"
+    )
 
 
 class ModelConfig(_Section):

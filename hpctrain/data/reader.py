@@ -34,7 +34,8 @@ class ShardReader:
     with the `directory` of the shard files. Several directories may be given: each shard is taken from the first that
     has it, so that shards staged on local disks come before those on the shared file system. Opening touches no shard;
     each is opened when first needed, its index is checked and kept (24 bytes a record), and at most `max_open_files`
-    stay open. With `verify`, `read` compares every record with its checksum.
+    stay open. With `verify`, `read` compares every record with its checksum. With `page_cache="drop"` the kernel is
+    asked to forget what was read, which leaves memory to others where the data do not fit into it anyway.
 
     Methods may be called from many threads at once. Record numbers are global: 0 to num_records - 1.
     """
@@ -45,6 +46,7 @@ class ShardReader:
         directory: PathLike | Sequence[PathLike] | None = None,
         verify: bool = True,
         max_open_files: int = 256,
+        page_cache: str = "keep",
     ) -> None:
         if isinstance(source, Manifest):
             if directory is None:
@@ -56,6 +58,7 @@ class ShardReader:
         given = [directory] if isinstance(directory, str | os.PathLike) else list(directory)
         self._directories = [Path(one) for one in given]
         self._verify = verify
+        self._drop_cache = page_cache == "drop"
         self._first_records = np.array([shard.first_record for shard in self.manifest.shards], np.int64)
         self._lock = threading.Lock()
         self._shards: dict[int, _Shard] = {}
@@ -264,7 +267,7 @@ class ShardReader:
             if file is not None:
                 self._files.move_to_end(number)
                 return file
-        opened = _OpenFile(self._path(number), self.manifest.shards[number].file_bytes)
+        opened = _OpenFile(self._path(number), self.manifest.shards[number].file_bytes, self._drop_cache)
         with self._lock:
             file = self._files.setdefault(number, opened)
             self._files.move_to_end(number)
@@ -284,10 +287,14 @@ class _Shard:
 class _OpenFile:
     """A shard file of the right size. Closes itself when nobody refers to it any more."""
 
-    def __init__(self, path: Path, expected_bytes: int) -> None:
+    def __init__(self, path: Path, expected_bytes: int, drop_cache: bool) -> None:
         self.path = path
+        self._drop_cache = drop_cache and hasattr(os, "posix_fadvise")
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if hasattr(os, "posix_fadvise"):
+            # Each read asks for all that is wanted and no more; the kernel's guess at what comes next would be wrong.
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         size = os.fstat(self._descriptor).st_size
         if size != expected_bytes:
             state = "cut off" if size < expected_bytes else "another file"
@@ -297,6 +304,7 @@ class _OpenFile:
 
     def pread(self, num_bytes: int, offset: int) -> bytes:
         """Read exactly `num_bytes` at `offset`, however many system calls that takes."""
+        begin, wanted = offset, num_bytes
         parts = []
         while num_bytes > 0:
             try:
@@ -309,6 +317,8 @@ class _OpenFile:
             parts.append(part)
             num_bytes -= len(part)
             offset += len(part)
+        if self._drop_cache:
+            os.posix_fadvise(self._descriptor, begin, wanted, os.POSIX_FADV_DONTNEED)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def __del__(self) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 from typing import Any
 
+from hpctrain.data.native import LIBRARY
 from hpctrain.parallel.launch import HOROVOD, TREE_ORDER, YIELD, warnings_for
 from hpctrain.parallel.world import World, start
 
@@ -22,6 +23,8 @@ def examine(as_json: bool) -> int:
     everyone = world.allgather(facts)
     problems = _problems(world, everyone)
     warnings = warnings_for(world.places, world.plans)
+    if not LIBRARY.is_file():
+        warnings.append("the input pipeline's operation is not compiled: python -m hpctrain.data.native.build")
     if not world.is_root:
         return 1 if problems else 0
     ranks = [
@@ -53,6 +56,7 @@ def _facts() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    versions["image operation"] = "compiled" if LIBRARY.is_file() else "TensorFlow's"
     return {"versions": versions, "horovod": _horovod()}
 
 

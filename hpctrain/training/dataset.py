@@ -6,6 +6,7 @@ from pathlib import Path
 from hpctrain.config import Config
 from hpctrain.data.manifest import Manifest, split_directories
 from hpctrain.data.reader import ShardReader
+from hpctrain.data.shard import DataError
 from hpctrain.errors import UserError
 from hpctrain.parallel.world import World
 
@@ -20,7 +21,9 @@ class DataSet:
     num_classes: int
 
 
-def open_split(directory: str | Path, split: str, world: World, *, required: bool = True) -> ShardReader | None:
+def open_split(
+    directory: str | Path, split: str, world: World, *, required: bool = True, page_cache: str = "keep"
+) -> ShardReader | None:
     """Open DIR/split (or DIR itself when it is that split) on every rank; only rank 0 looks at the manifest's file."""
 
     def read() -> tuple[str, str] | None:
@@ -42,7 +45,7 @@ def open_split(directory: str | Path, split: str, world: World, *, required: boo
         return manifest.to_json(), str(folder)
 
     found = world.from_root(read)
-    return ShardReader(Manifest.from_json(found[0]), found[1]) if found else None
+    return ShardReader(Manifest.from_json(found[0]), found[1], page_cache=page_cache) if found else None
 
 
 def open_data(config: Config, world: World) -> DataSet:
@@ -51,8 +54,8 @@ def open_data(config: Config, world: World) -> DataSet:
         return DataSet(None, None, config.data.synthetic_records, config.model.num_classes or 1000)
     if config.data.path is None:
         raise UserError("the recipe names no data; set data.path=DIR to prepared shards, or data.synthetic=true")
-    train = open_split(config.data.path, "train", world)
-    val = open_split(config.data.path, "val", world, required=False)
+    train = open_split(config.data.path, "train", world, page_cache=config.data.page_cache)
+    val = open_split(config.data.path, "val", world, required=False, page_cache=config.data.page_cache)
     assert train is not None
     classes = config.model.num_classes or train.num_classes
     for reader in (train, val):
@@ -62,3 +65,19 @@ def open_data(config: Config, world: World) -> DataSet:
                 "leave it unset to take the data set's"
             )
     return DataSet(train, val, train.num_records, classes)
+
+
+def skipped_records(reader: ShardReader | None, own: set[int], world: World) -> list[str]:
+    """Return, on every rank, words for each record that any rank has skipped because it is damaged, by number."""
+    records = sorted(set().union(*world.allgather(own)))
+    if reader is None or not records:
+        return []
+    split = reader.manifest.split
+    return world.from_root(lambda: [f"{split} record {record} ({_made_from(reader, record)})" for record in records])
+
+
+def _made_from(reader: ShardReader, record: int) -> str:
+    try:
+        return reader.name(record)
+    except DataError:
+        return "source unknown"

@@ -45,6 +45,7 @@ class Evaluator:
     ) -> None:
         self.model, self.reader, self.world = model, reader, world
         self.micro_batch = micro_batch
+        self.bad_records: set[int] = set()  # of this rank's share, skipped so far
         self._pipeline_options: dict[str, Any] = {
             "micro_batch": micro_batch,
             "image_size": image_size,
@@ -61,6 +62,7 @@ class Evaluator:
         last = (self.world.rank + 1) * total // self.world.size
         pipeline = evaluation_pipeline(self.reader, range(first, last), **self._pipeline_options)
         mine = [self._sums(images, labels).numpy() for images, labels in pipeline]
+        self.bad_records |= pipeline.bad_records
         own = np.array(mine, np.float64).reshape(-1, 4)
         # Rank by rank, so micro-batch by micro-batch in their order.
         rows = np.concatenate(self.world.allgather(own))

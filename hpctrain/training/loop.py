@@ -21,10 +21,12 @@ from hpctrain.training.checkpoint import (
     variables_to_arrays,
 )
 from hpctrain.training.console import Console
-from hpctrain.training.dataset import DataSet
+from hpctrain.training.dataset import DataSet, skipped_records
 from hpctrain.training.run_dir import MetricsLog, new_run_dir, prepare_run_dir, read_metrics
 from hpctrain.training.step import TrainStep, model_state
 from hpctrain.training.stop import EXIT_PREEMPTED, StopRequest, job_end_time
+
+_SKIPPED_SHOWN = 20  # damaged records named at the end of a run; metrics.jsonl has all
 
 
 def train(config: Config, world: World, data: DataSet, run_dir: Path | None = None, resume: str = "auto") -> int:
@@ -188,14 +190,17 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
     writer.wait()
     seconds = time.perf_counter() - run_started
     reason = "finished" if finished else "preempted"
+    skipped = skipped_records(data.train, bad_records, world)
+    skipped += skipped_records(data.val, evaluator.bad_records if evaluator else set(), world)
     if log:
-        log.write("end", step, {"epoch": epoch_of(step), "reason": reason, "train_seconds": seconds})
+        end = {"epoch": epoch_of(step), "reason": reason, "train_seconds": seconds, "skipped_records": skipped}
+        log.write("end", step, end)
         log.close()
     why = next((r for r in world.allgather(stop.reason) if r), "asked to")
     stop.close()
-    bad = sorted({record for records in world.allgather(bad_records) for record in records})
-    if bad:
-        console.line(f"{len(bad)} damaged records were skipped: {', '.join(map(str, bad[:20]))}")
+    if skipped:
+        more = f" and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
+        console.line(f"{len(skipped)} damaged records were skipped: {', '.join(skipped[:_SKIPPED_SHOWN])}{more}")
     if finished:
         console.line(f"finished step {step} after {seconds:.1f} s; `hpctrain report {path} --out DIR` draws it")
         return 0

@@ -95,8 +95,8 @@ def build_schedule(config: Config, num_records: int) -> Any:
 
 def training_batches(
     config: Config, data: DataSet, world: World, *, first_step: int, last_step: int, threads: int
-) -> tuple[Iterator[Any], list[int]]:
-    """Return this rank's micro-batches (images, labels) from `first_step` on, and the growing list of bad records."""
+) -> tuple[Iterator[Any], set[int]]:
+    """Return this rank's micro-batches (images, labels) from `first_step` on, and the growing set of bad records."""
     micro_batches = config.micro_batches_a_rank(world.size)
     if data.train is None:
         batches = synthetic_batches(
@@ -108,7 +108,7 @@ def training_batches(
             micro_batches=micro_batches,
             stride=world.size * micro_batches,
         )
-        return batches, []
+        return batches, set()
     pipeline = training_pipeline(
         data.train,
         sample_order(config, data),
@@ -123,8 +123,9 @@ def training_batches(
         last_step=last_step,
         threads=threads,
         on_bad_record=config.data.on_bad_record,
+        read_ahead_batches=config.data.read_ahead_batches,
     )
-    return iter(pipeline), pipeline.source.bad_records
+    return iter(pipeline), pipeline.bad_records
 
 
 def sample_order(config: Config, data: DataSet) -> SampleOrder:

@@ -14,6 +14,7 @@ from hpctrain.parallel.reduce import Reducer
 from hpctrain.parallel.world import World
 from hpctrain.training import session
 from hpctrain.training.checkpoint import Checkpoint, arrays_to_variables
+from hpctrain.training.dataset import skipped_records
 from hpctrain.training.loop import load_checkpoint
 from hpctrain.training.step import model_state
 
@@ -37,9 +38,13 @@ def evaluate_checkpoint(config: Config, world: World, reader: ShardReader, path:
     variables = [*model.trainable_variables, *model_state(model)]
     world.from_root(lambda: arrays_to_variables(found[0].model, variables, "model"))
     Reducer(world).broadcast([variable.value for variable in variables])
-    result = session.build_evaluator(config, model, reader, world, world.plan.threads)()
+    evaluator = session.build_evaluator(config, model, reader, world, world.plan.threads)
+    result = evaluator()
+    skipped = skipped_records(reader, evaluator.bad_records, world)
     if not world.is_root:
         return
+    for one in skipped:
+        print(f"warning: skipped {one}, which is damaged", file=sys.stderr)
     if as_json:
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "num_images": result.num_images}
         print(json.dumps({"step": step, **values}))

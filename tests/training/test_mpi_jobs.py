@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import EXACT, VAL_IMAGES, Launcher, Run, read_run, wait_for_step
+from hpctrain.data.manifest import Manifest
+from hpctrain.data.reader import ShardReader
+from tests.training.conftest import EXACT, VAL_IMAGES, Launcher, Run, metrics_of, read_run, wait_for_step
 
 pytestmark = pytest.mark.mpi
 
@@ -111,6 +113,31 @@ def test_a_mistake_is_one_sentence_from_rank_0(
     said = [line for line in outcome.stderr.splitlines() if line.startswith("hpctrain: error:")]
     assert len(said) == 1 and expected in said[0], outcome
     assert "Traceback" not in outcome.stderr
+
+
+def test_skipped_records_are_named_at_the_end(shards: Path, launcher: Launcher, tmp_path: Path) -> None:
+    """One in train and one in val; both ranks stay in step, and the files they were made from are told."""
+    broken = tmp_path / "shards"
+    names = []
+    for split in ("train", "val"):
+        (broken / split).mkdir(parents=True)
+        for path in (shards / split).iterdir():
+            (broken / split / path.name).write_bytes(path.read_bytes())
+        manifest = Manifest.load(broken / split)
+        shard = manifest.shards[1]
+        with open(broken / split / shard.file, "r+b") as file:
+            file.seek(shard.data_offset + 20)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 16]))
+        names.append(f"{split} record {shard.first_record} ({ShardReader(broken / split).name(shard.first_record)})")
+    run_dir = tmp_path / "run"
+    launcher.train(2, run_dir, f"data.path={broken}", *QUICK, "data.on_bad_record=skip")
+    (end,) = [line for line in metrics_of(run_dir) if line["kind"] == "end"]
+    assert end["skipped_records"] == names
+    assert [line["num_images"] for line in metrics_of(run_dir) if line["kind"] == "eval"] == [VAL_IMAGES - 1]
+    outcome = launcher.run(2, "evaluate", str(run_dir))
+    assert outcome.code == 0 and names[1] in outcome.stderr
 
 
 def test_evaluate_gives_the_same_bits_on_any_ranks(shards: Path, launcher: Launcher, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks of the parts of a training job, on the machine and the data at hand."""
