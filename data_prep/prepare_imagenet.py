@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Turn a folder of images, one folder per class, into HDF5 shards. The same as `hpctrain data prepare`."""
+"""Turn what ImageNet comes as into HDF5 shards, alone or under `mpirun`. The same as `hpctrain data prepare`."""
 
-from hpctrain.data.commands import prepare_command, run_standalone
+import sys
+
+from hpctrain.cli import main
 
 if __name__ == "__main__":
-    run_standalone(prepare_command)
+    sys.argv[1:1] = ["data", "prepare"]
+    main()

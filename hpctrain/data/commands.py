@@ -17,20 +17,33 @@ def data() -> None: ...
 @click.argument("input_path", metavar="INPUT", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUTPUT", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(["train", "val"]), required=True, help="The shards go to OUTPUT/SPLIT.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="Classes of images without folders: the devkit or a list."
+)
 @click.option("--shards", type=int, help="Number of files; by default 8 or more of at most 128 MiB.")
+@click.option("--shard-mb", type=float, metavar="MB", help="Size of a file at most, about; instead of --shards.")
 @click.option("--resize", type=int, metavar="PIXELS", help="Scale images down to this shorter side; else keep JPEGs.")
 @click.option("--quality", type=int, default=90, show_default=True, help="JPEG quality of scaled images.")
 @click.option("--raw", type=int, metavar="PIXELS", help="Store decoded images of PIXELS x PIXELS instead of JPEGs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the global shuffle.")
 @click.option("--workers", type=int, help="Processes; by default one a core, or one a rank under MPI.")
-@click.option("--classes", type=click.Path(path_type=Path), help="File of class folder names in label order.")
+@click.option("--classes", type=click.Path(path_type=Path), help="File of class names (WNIDs) in label order.")
 @click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be decoded.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set that OUTPUT/SPLIT already holds.")
 @click.pass_context
 def prepare_command(context: click.Context, input_path: Path, output: Path, **options: Any) -> None:
-    """Turn INPUT, a folder with one folder of images per class, into the shards OUTPUT/train or OUTPUT/val.
+    """Turn INPUT into the shards OUTPUT/train or OUTPUT/val.
 
-    The shards are the same whatever the number of workers. Interrupted, it goes on where it stopped when run again.
+    INPUT is what ImageNet comes as: a folder with one folder of images per class; ILSVRC2012_img_train.tar;
+    ILSVRC2012_img_val.tar, with --labels ILSVRC2012_devkit_t12.tar.gz; a folder of one tar per class; or a folder of
+    TFRecords. Nothing is unpacked.
+
+    \b
+    --labels also takes the unpacked devkit, synset_labels.txt (a WNID a line, in
+    the order of the images), or a CSV file of file names and WNIDs.
+
+    Alone it works with several processes; `mpirun -n N` shares the work over nodes. The shards are the same whatever
+    the number. Interrupted, it goes on where it stopped when run again.
     """
     from hpctrain.data.prepare import prepare
 

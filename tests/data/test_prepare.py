@@ -1,6 +1,7 @@
 """Preparation: the same bytes whatever the workers and interruptions; every kind of bad input named in words."""
 
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -250,11 +251,17 @@ def test_class_list_file(make_tree, tmp_path: Path) -> None:
 
 
 def test_wrong_inputs_teach(make_tree, tmp_path: Path) -> None:
-    tree = make_tree("set/train")
+    tree, empty = make_tree("set/train"), tmp_path / "empty"
+    empty.mkdir()
     cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: run(tmp_path / "nowhere", tmp_path / "o", "train"), "not a directory"),
+        (
+            lambda: run(tmp_path / "nowhere", tmp_path / "o", "train"),
+            "not a directory and not a file; expected a folder",
+        ),
+        (lambda: run(tmp_path, tmp_path / "o", "train", labels=tmp_path), "holds no images, whose classes"),
         (lambda: run(tree.parent, tmp_path / "o", "train"), "give one of them"),
-        (lambda: run(tree / "class0", tmp_path / "o", "train"), "no folders"),
+        (lambda: run(tree / "class0", tmp_path / "o", "train"), "images in no folders .*--labels"),
+        (lambda: run(empty, tmp_path / "o", "train"), "has no folders, no images .* no tars and no TFRecords"),
         (lambda: run(tree, tmp_path / "o", "train", shards=22), "--shards is 22; expected 1 to 21"),
         (lambda: run(tree, tmp_path / "o", "train", shards=0), "--shards is 0"),
         (lambda: run(tree, tmp_path / "o", "train", quality=101), "--quality"),
@@ -267,6 +274,49 @@ def test_wrong_inputs_teach(make_tree, tmp_path: Path) -> None:
     for call, message in cases:
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_size_of_shards(make_tree, tmp_path: Path) -> None:
+    tree = make_tree()
+    total = sum(path.stat().st_size for path in tree.rglob("*.JPEG"))
+    for shard_bytes, shards in ((total, 1), (total - 1, 2), (total / 4, 4), (total / 5, 8), (1, 16)):
+        manifest = run(tree, tmp_path / f"out{shards}", "train", shard_mb=shard_bytes / 1e6)
+        assert len(manifest.shards) == shards  # a power of two, of at most 21 images
+    assert manifest.num_bytes == total
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"--shard-mb is .*; expected a number of megabytes above 0"):
+            run(tree, tmp_path / "out", "train", shard_mb=wrong)
+    with pytest.raises(UserError, match="--shards and --shard-mb exclude each other"):
+        run(tree, tmp_path / "out", "train", shard_mb=1, shards=2)
+
+
+class _Noted(ClassFolders):
+    """Keeps the names of what is read, in this order."""
+
+    read_names: ClassVar[list[str]] = []
+
+    def read(self, image: SourceImage) -> bytes:
+        self.read_names.append(image.name)
+        return super().read(image)
+
+
+def test_images_are_read_by_place_in_windows(make_tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the window: the same shards, each image read once, and within a window by place."""
+    tree = make_tree()
+    run(tree, tmp_path / "expected", "train", shards=2)
+    for window_bytes in (1, 3000, 10**9):
+        monkeypatch.setattr("hpctrain.data.prepare.work._WINDOW_BYTES", window_bytes)
+        _Noted.read_names.clear()
+        run("", tmp_path / str(window_bytes), "train", shards=2, source=_Noted(tree))
+        names = _Noted.read_names
+        assert contents(tmp_path / "expected") == contents(tmp_path / str(window_bytes))
+        assert len(set(names)) == len(names) == 21
+        falls = 1 + sum(later < earlier for earlier, later in itertools.pairwise(names))
+        if window_bytes == 1:
+            reader = ShardReader(tmp_path / "expected" / "train")
+            assert names == [reader.name(i) for i in range(21)]
+        else:
+            assert falls == 2 if window_bytes == 10**9 else 2 < falls < 15
 
 
 def test_link_to_a_folder_above_ends(make_tree, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Turns folders of images into shards. `prepare` is the one entry; a new kind of input is a class in `sources`."""
+"""Turns what ImageNet comes as into shards. `prepare` is the one entry; a new kind of input is a class in `sources`."""
 
 from hpctrain._lazy import lazy_exports
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpctrain.data.hashing import hash64
-from hpctrain.data.prepare.sources import Listing, SourceImage
+from hpctrain.data.prepare.sources import ImageList, Listing
 from hpctrain.data.shard import MAX_SHARDS, VERSION, shard_bounds, shard_file_name
 from hpctrain.errors import UserError, nearest
 
@@ -56,8 +57,8 @@ class Plan:
     encoding: Encoding
     seed: int
     class_names: list[str]
-    images: list[SourceImage]  # record i is made from images[i], if none is skipped
-    labels: list[int]
+    images: ImageList  # record i is made from images[i], if none is skipped
+    labels: NDArray[np.int32]
     num_shards: int
     planned_shards: int  # the same, unless so many images are skipped that fewer are left than shards
     source_kind: str
@@ -66,9 +67,11 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the content of the shards follows from; kept in the manifest."""
+        """What the content of the shards follows from; kept in the manifest.
+
+        The kind of source is not among it: the same images are the same shards, in whatever they come.
+        """
         return {
-            "source": self.source_kind,
             "source_digest": self.source_digest,
             "seed": self.seed,
             "num_shards": self.planned_shards,
@@ -78,7 +81,7 @@ class Plan:
     @property
     def key(self) -> str:
         """A hash of the options: two runs with the same key make the same data set."""
-        return _digest(json.dumps([VERSION, self.split, self.class_names, self.options]))
+        return _digest([json.dumps([VERSION, self.split, self.class_names, self.options])])
 
     def file(self, shard: int) -> str:
         return shard_file_name(self.split, shard, self.num_shards)
@@ -95,8 +98,8 @@ class Plan:
             raise UserError("none of the images can be decoded")
         return replace(
             self,
-            images=[self.images[i] for i in kept],
-            labels=[self.labels[i] for i in kept],
+            images=self.images.select(kept),
+            labels=self.labels[kept],
             num_shards=min(self.num_shards, len(kept)),
             skipped=sorted({*self.skipped, *out}),
         )
@@ -110,25 +113,28 @@ def make_plan(
     encoding: Encoding,
     seed: int,
     shards: int | None,
+    shard_mb: float | None,
     class_names: Sequence[str] | None,
     classes_from: str,
 ) -> Plan:
     """Work out labels, order and shards. `class_names` comes from `classes_from` (for errors), or from the input."""
+    images = listing.images.sorted()
+    filled = {images.class_names[c] for c in np.unique(images.class_index)}
     if class_names is None:
-        filled = {image.class_name for image in listing.images}
         empty = [name for name in listing.class_names if name not in filled]
         if empty:
             raise UserError(
-                f"{len(empty)} class folders hold no images, the first is {empty[0]!r}; remove them, or give the "
-                "classes with --classes FILE"
+                f"{len(empty)} classes hold no images, the first is {empty[0]!r}; remove their folders or tars, or "
+                "give the classes with --classes FILE"
             )
         class_names = listing.class_names
     number = {name: i for i, name in enumerate(class_names)}
-    unknown = sorted({image.class_name for image in listing.images} - set(number))
+    unknown = sorted(filled - set(number))
     if unknown:
         raise UserError(f"class {unknown[0]!r} of the input is not in {classes_from}; {nearest(unknown[0], number)}")
-    images = [listing.images[i] for i in shuffled(len(listing.images), seed)]
-    num_shards = _number_of_shards(images, encoding, shards)
+    source_digest = _digest(f"{image.name}\0{image.class_name}\0{image.num_bytes}" for image in images)
+    images = images.select(shuffled(len(images), seed))
+    num_shards = _number_of_shards(images.num_bytes, encoding, shards, shard_mb)
     return Plan(
         folder=folder,
         split=split,
@@ -136,11 +142,11 @@ def make_plan(
         seed=seed,
         class_names=list(class_names),
         images=images,
-        labels=[number[image.class_name] for image in images],
+        labels=np.array([number.get(name, -1) for name in images.class_names], np.int32)[images.class_index],
         num_shards=num_shards,
         planned_shards=num_shards,
         source_kind=source_kind,
-        source_digest=_digest(*(f"{image.name}\0{image.class_name}\0{image.num_bytes}" for image in listing.images)),
+        source_digest=source_digest,
     )
 
 
@@ -149,23 +155,32 @@ def shuffled(num_records: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(hash64(seed, np.arange(num_records, dtype=np.int64)), kind="stable").astype(np.int64)
 
 
-def _number_of_shards(images: Sequence[SourceImage], encoding: Encoding, wanted: int | None) -> int:
-    """A power of two, which any usual number of partitions divides, with shards of 64 to 128 MiB; 8 at least."""
-    limit = min(len(images), MAX_SHARDS)
+def _number_of_shards(
+    num_bytes: NDArray[np.int64], encoding: Encoding, wanted: int | None, shard_mb: float | None
+) -> int:
+    """A power of two, which any usual number of partitions divides: the least that makes shards of at most `shard_mb`
+    (megabytes; 128 MiB where it is not given, and then 8 shards at least), as far as their size can be foreseen."""
+    limit = min(len(num_bytes), MAX_SHARDS)
+    if wanted is not None and shard_mb is not None:
+        raise UserError("--shards and --shard-mb exclude each other; give the number of shards or the size of one")
     if wanted is not None:
         if not 1 <= wanted <= limit:
             raise UserError(f"--shards is {wanted}; expected 1 to {limit}, the number of images")
         return wanted
+    if shard_mb is not None and not 0 < shard_mb < math.inf:
+        raise UserError(f"--shard-mb is {shard_mb:g}; expected a number of megabytes above 0")
     if encoding.raw_size:
-        total = len(images) * encoding.raw_size**2 * 3
+        total = len(num_bytes) * encoding.raw_size**2 * 3
+    elif encoding.resize:
+        most = int(encoding.resize**2 * _GUESSED_ASPECT * _GUESSED_BYTES_PER_PIXEL)
+        total = int(np.minimum(num_bytes, most).sum())
     else:
-        most = max(image.num_bytes for image in images)
-        if encoding.resize:
-            most = int(encoding.resize**2 * _GUESSED_ASPECT * _GUESSED_BYTES_PER_PIXEL)
-        total = sum(min(image.num_bytes, most) for image in images)
-    shards = 1
-    while shards * 2 <= limit and (shards < _LEAST_SHARDS or total > shards * _MAX_SHARD_BYTES):
+        total = int(num_bytes.sum())
+    most_bytes, shards = (_MAX_SHARD_BYTES, _LEAST_SHARDS) if shard_mb is None else (shard_mb * 1e6, 1)
+    while total > shards * most_bytes:
         shards *= 2
+    while shards > limit:
+        shards //= 2
     return shards
 
 
@@ -178,7 +193,7 @@ def difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "; ".join(words) or "other classes"
 
 
-def _digest(*texts: str) -> str:
+def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode("utf-8", "surrogateescape") + b"\n")

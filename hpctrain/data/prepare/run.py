@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 
 from hpctrain import __version__
@@ -14,15 +15,15 @@ from hpctrain.data.atomic import write_file
 from hpctrain.data.manifest import Manifest
 from hpctrain.data.prepare.group import Alone, Group, on_all, on_first
 from hpctrain.data.prepare.plan import Encoding, Plan, difference, make_plan
-from hpctrain.data.prepare.sources import ClassFolders, ImageSource
-from hpctrain.data.prepare.work import ShardOutcome, ShardTask, make_shard
+from hpctrain.data.prepare.sources import ImageSource, open_source
+from hpctrain.data.prepare.sources.labels import read_class_list
+from hpctrain.data.prepare.work import SHOWN, ShardOutcome, ShardTask, make_shard
 from hpctrain.data.processes import Progress, available_cores, run_tasks
 from hpctrain.data.shard import MANIFEST_NAME, DataError, check_split_name
 from hpctrain.data.writer import remove_other_shards, start_split
 from hpctrain.errors import UserError
 
 _STATE_NAME = ".prepare.json"  # which images an interrupted run found to be bad
-_SHOWN = 20  # bad images listed before the rest is only counted
 
 Echo = Callable[[str], None]
 
@@ -33,11 +34,13 @@ def prepare(
     split: str,
     *,
     shards: int | None = None,
+    shard_mb: float | None = None,
     resize: int | None = None,
     quality: int = 90,
     raw: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    labels: str | Path | None = None,
     classes: str | Path | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
@@ -46,7 +49,12 @@ def prepare(
     echo: Echo | None = None,
     quiet: bool = False,
 ) -> Manifest:
-    """Make the data set `output`/`split` from a tree of class folders (or another `source`) and return its manifest.
+    """Make the data set `output`/`split` from `input_path` (or another `source`) and return its manifest.
+
+    The input is a folder of class folders, a tar of tars, of class folders or of images, a folder of class tars, or
+    TFRecords; `labels` (ImageNet's development kit or a labels file) tells the classes of images without class
+    folders. Labels are numbers in the class list: that of the file `classes`, of the other split of the same output,
+    or the classes of the input sorted by name.
 
     JPEG files are kept byte for byte unless `resize` (pixels of the shorter side) makes them smaller; `raw` stores
     uint8[raw, raw, 3] instead. The order is a global shuffle by `seed`. The shards are the same, byte for byte,
@@ -55,19 +63,24 @@ def prepare(
     UserError after all have been listed, or are left out with `skip_bad`. `echo` gets lines for the user.
     """
     group = group or Alone()
-    images = source if source is not None else ClassFolders(Path(input_path))
     say = _speaker(group, echo, quiet)
     workers = workers if workers is not None else (available_cores() if group.size == 1 else 1)
     if workers < 1:
         raise UserError(f"--workers is {workers}; expected 1 or more")
     encoding = Encoding(resize, quality, raw)
     folder = Path(output) / check_split_name(split)
+    if source is not None and labels is not None:
+        raise UserError("labels go with an input path, not with a source, which knows its classes")
 
-    def start() -> tuple[Plan, Manifest | None]:
-        plan = _plan(images, folder, split, encoding, seed, shards, classes, say)
-        return _start(plan, overwrite, skip_bad, say)
+    def start() -> tuple[ImageSource, Plan, Manifest | None]:
+        images = source
+        if images is None:
+            images = open_source(Path(input_path), split, _path(labels), _path(classes))
+        say(f"listing {input_path or 'the images'} ({images.kind})")
+        plan = _plan(images, folder, split, encoding, seed, shards, shard_mb, classes, say)
+        return images, *_start(plan, overwrite, skip_bad, say)
 
-    plan, finished = on_first(group, start)
+    images, plan, finished = on_first(group, start)
     if finished is not None:
         say(f"{folder} is complete already: {finished.num_records:,} records in {len(finished.shards)} shards")
         return finished
@@ -76,10 +89,10 @@ def prepare(
         bad = sorted(item for outcome in outcomes for item in outcome.bad)
         if not bad:
             break
-        for name, reason in bad[:_SHOWN]:
+        for name, reason in bad[:SHOWN]:
             say(f"bad image {name}: {reason}")
-        if len(bad) > _SHOWN:
-            say(f"... and {len(bad) - _SHOWN} more")
+        if len(bad) > SHOWN:
+            say(f"... and {len(bad) - SHOWN} more")
         if not skip_bad:
             raise UserError(
                 f"{len(bad)} of {len(plan.images)} images cannot be decoded, the first is {bad[0][0]}; mend or remove "
@@ -90,6 +103,10 @@ def prepare(
         state = json.dumps({"key": plan.key, "skipped": plan.skipped}).encode()
         on_first(group, lambda: write_file(folder / _STATE_NAME, state))  # noqa: B023 (called at once)
     return on_first(group, lambda: _finish(plan, outcomes, say))
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _speaker(group: Group, echo: Echo | None, quiet: bool) -> Echo:
@@ -105,6 +122,7 @@ def _plan(
     encoding: Encoding,
     seed: int,
     shards: int | None,
+    shard_mb: float | None,
     classes: str | Path | None,
     say: Echo,
 ) -> Plan:
@@ -112,13 +130,13 @@ def _plan(
     for note in listing.notes:
         say(note)
     class_names, classes_from = _class_list(folder, split, classes)
-    plan = make_plan(listing, source.kind, folder, split, encoding, seed, shards, class_names, classes_from)
-    total = sum(image.num_bytes for image in plan.images)
+    plan = make_plan(listing, source.kind, folder, split, encoding, seed, shards, shard_mb, class_names, classes_from)
+    total = int(plan.images.num_bytes.sum())
     say(
         f"{len(plan.images):,} images ({total / 1e6:,.1f} MB) of {len(plan.class_names):,} classes "
         f"go into {plan.num_shards} shards"
     )
-    missing = len(plan.class_names) - len(set(plan.labels))
+    missing = len(plan.class_names) - len(np.unique(plan.labels))
     if missing:
         say(f"{missing} of the {len(plan.class_names)} classes in {classes_from} have no images here")
     return plan
@@ -132,13 +150,7 @@ def _class_list(folder: Path, split: str, classes: str | Path | None) -> tuple[l
         names, origin = list(Manifest.load(other).class_names), str(other)
     if classes is None:
         return names, origin
-    try:
-        text = Path(classes).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the class list {classes}: {error}") from error
-    given = [line.strip() for line in text.splitlines() if line.strip()]
-    if not given or len(set(given)) != len(given):
-        raise UserError(f"the class list {classes} should hold different class names, one a line, in label order")
+    given = read_class_list(Path(classes))
     if names is not None and given != names:
         raise UserError(f"the class list {classes} is not that of {other}; splits of one data set share their classes")
     return given, str(classes)
@@ -220,6 +232,7 @@ def _finish(plan: Plan, outcomes: list[ShardOutcome], say: Echo) -> Manifest:
         image_shape=plan.encoding.image_shape,
         prepare={
             "program": f"hpctrain {__version__}, Pillow {PIL.__version__}",
+            "source": plan.source_kind,
             "key": plan.key,
             **plan.options,
             "conversions": conversions,
@@ -228,6 +241,12 @@ def _finish(plan: Plan, outcomes: list[ShardOutcome], say: Echo) -> Manifest:
     )
     manifest.save(plan.folder)
     (plan.folder / _STATE_NAME).unlink(missing_ok=True)
+    converted = sorted(item for outcome in outcomes for item in outcome.converted)
+    for what, name in converted[:SHOWN]:
+        say(f"re-encoded {name}: {what}")
+    named = sum(count for what, count in conversions.items() if any(what == kind for kind, _ in converted))
+    if named > SHOWN:
+        say(f"... and {named - SHOWN:,} more")
     changed = ", ".join(f"{count:,} {name}" for name, count in conversions.items())
     say(
         f"wrote {plan.folder}: {manifest.num_records:,} records, {manifest.num_bytes / 1e6:,.1f} MB, "
