@@ -26,8 +26,9 @@ import tensorflow as tf
 from PIL import Image
 
 from hpctrain.bench.input import batches_per_second
+from hpctrain.data.decode import MEAN_RGB, STDDEV_RGB
 from hpctrain.data.order import SampleOrder
-from hpctrain.data.pipeline import MEAN_RGB, STDDEV_RGB, training_pipeline
+from hpctrain.data.pipeline import training_pipeline
 from hpctrain.data.reader import ShardReader
 from hpctrain.data.writer import ShardWriter
 
@@ -52,7 +53,8 @@ def jpegs(count: int) -> Iterator[bytes]:
         height = int(random.integers(240, 400))
         width = height * 4 // 3
         top, left = random.integers(source.shape[0] - height), random.integers(source.shape[1] - width)
-        part = Image.fromarray(source[top : top + height, left : left + width]).resize((500, 375), Image.Resampling.BICUBIC)
+        part = Image.fromarray(source[top : top + height, left : left + width])
+        part = part.resize((500, 375), Image.Resampling.BICUBIC)
         pixels = np.asarray(part, np.float32) + random.normal(0, 4, (375, 500, 1))
         file = io.BytesIO()
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
@@ -122,7 +124,7 @@ def _crop_resize_normalize(blob: Any) -> Any:
         use_image_if_no_bounding_boxes=True,
     )
     box = tf.concat([begin[:2], size[:2]], 0)
-    pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST")
+    pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
     image = tf.image.resize(pixels, [SIZE, SIZE])
     image = tf.image.random_flip_left_right(image)
     # Constants as large as an image, which is faster than the usual three numbers.
@@ -166,7 +168,7 @@ def bare(folder: Path, threads: int, resize: bool) -> Iterator[Any]:
             use_image_if_no_bounding_boxes=True,
         )
         box = tf.concat([begin[:2], size[:2]], 0)
-        pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST")
+        pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
         return tf.reduce_sum(tf.image.resize(pixels, [SIZE, SIZE])[0]) if resize else tf.shape(pixels)
 
     dataset = tf.data.Dataset.from_tensor_slices(blobs).repeat().map(decode, num_parallel_calls=threads)

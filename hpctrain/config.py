@@ -30,6 +30,7 @@ class _Section(BaseModel):
 
 class DataConfig(_Section):
     path: str | None = Field(None, description="directory with train/ and, for evaluation, val/")
+    staged: str | None = Field(None, description="node-local directory whose shards are read first (`data stage`)")
     augmentation: Literal["none", "weak", "heavy"] = Field(
         "weak",
         description="none: central crop; weak: random crop of crop_fraction; heavy: random area and aspect ratio",

@@ -7,10 +7,14 @@ from typing import Any
 import click
 
 from hpctrain.errors import UserError
+from hpctrain.staging.commands import stage_command
 
 
 @click.group("data", help="Make, look at and check data sets of HDF5 shards.")
 def data() -> None: ...
+
+
+data.add_command(stage_command)
 
 
 @data.command("prepare")

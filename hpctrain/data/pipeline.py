@@ -1,8 +1,7 @@
-"""From record numbers to batches: reads in Python by the block, decoding and resizing in TensorFlow's threads."""
+"""From record numbers to batches: reads in Python by the batch, all that is done once an image in TensorFlow."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,20 +9,10 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from hpctrain.data.augment import Boxes, central_boxes, training_boxes
-from hpctrain.data.native import crop_resize
+from hpctrain.data.decode import make_decoder
 from hpctrain.data.order import SampleOrder
 from hpctrain.data.reader import ShardReader
-from hpctrain.data.shard import DataError
-
-MEAN_RGB = (123.675, 116.28, 103.53)  # of ImageNet, in 0..255, as most published ResNet results use
-STDDEV_RGB = (58.395, 57.12, 57.375)
-PADDING = -1  # record number and label of what fills up a batch and counts for nothing
-_CHUNK_RECORDS = 64  # read and handed to TensorFlow at a time
-
-Samples = tuple[NDArray[np.int64], NDArray[np.int64]]  # record numbers (or PADDING) and their epochs
-BoxRule = Callable[
-    [NDArray[np.int32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]], tuple[Boxes, NDArray[np.bool_]]
-]
+from hpctrain.data.record_source import PADDING, BoxRule, RecordSource, Samples
 
 
 @dataclass
@@ -36,7 +25,7 @@ class InputPipeline:
     """
 
     dataset_from: Callable[[int], Any]
-    source: "_RecordSource"
+    source: RecordSource
 
     @property
     def bad_records(self) -> set[int]:
@@ -174,18 +163,15 @@ def input_pipeline(
     not match, or which cannot be decoded, becomes padding, so that ranks stay in step, and is listed in `bad_records`.
     `read_ahead_batches` batches are made before they are asked for, and the records of as many again are read.
     """
-    source = _RecordSource(reader, samples, boxes, on_bad_record)
-    signature = (
-        tf.TensorSpec([None], tf.string),
-        tf.TensorSpec([None], tf.int32),
-        tf.TensorSpec([None, 4], tf.int32),
-        tf.TensorSpec([None], tf.bool),
-    )
-    decode = _raw_decoder(reader.image_shape) if reader.encoding == "raw" else _decode_jpeg
-    finish = _finisher(image_size)
+    source = RecordSource(reader, samples, boxes, on_bad_record)
+    images = tf.TensorSpec([None], tf.string)
+    if reader.encoding == "raw":
+        images = tf.TensorSpec([None, *reader.image_shape], tf.uint8)
+    rest = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, 4], tf.int32), tf.TensorSpec([None], tf.bool))
+    decode = make_decoder(reader.encoding, micro_batch, image_size)
 
-    def to_image(blob: Any, label: Any, box: Any, flip: Any) -> tuple[Any, Any]:
-        return finish(*decode(blob, box), flip), label
+    def to_batch(images: Any, labels: Any, boxes: Any, flips: Any) -> tuple[Any, Any]:
+        return decode(images, boxes, flips), tf.ensure_shape(labels, [micro_batch])
 
     options = tf.data.Options()
     options.deterministic = True
@@ -194,143 +180,12 @@ def input_pipeline(
     options.threading.private_threadpool_size = threads
     options.autotune.enabled = False
 
-    chunks_ahead = max(2, -(-read_ahead_batches * micro_batch // _CHUNK_RECORDS))
-
     def dataset_from(first_batch: int) -> Any:
-        dataset = tf.data.Dataset.from_generator(lambda: source.chunks(first_batch), output_signature=signature)
-        dataset = dataset.prefetch(chunks_ahead).unbatch()
-        dataset = dataset.map(to_image, num_parallel_calls=threads, deterministic=True)
-        return dataset.batch(micro_batch, drop_remainder=True).prefetch(read_ahead_batches).with_options(options)
+        dataset = tf.data.Dataset.from_generator(
+            lambda: source.batches(first_batch, micro_batch), output_signature=(images, *rest)
+        )
+        dataset = dataset.prefetch(read_ahead_batches)
+        dataset = dataset.map(to_batch, num_parallel_calls=threads, deterministic=True)
+        return dataset.prefetch(read_ahead_batches).with_options(options)
 
     return InputPipeline(dataset_from, source)
-
-
-def _decode_jpeg(blob: Any, box: Any) -> tuple[Any, Any]:
-    """Return the pixels of a box, cut out before the inverse transform, and the box in them: all of them."""
-    pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST")
-    return pixels, tf.concat([[0, 0], box[2:]], 0)
-
-
-def _raw_decoder(image_shape: tuple[int, int, int]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    def decode(blob: Any, box: Any) -> tuple[Any, Any]:
-        return tf.reshape(tf.io.decode_raw(blob, tf.uint8), image_shape), box
-
-    return decode
-
-
-def _finisher(image_size: int) -> Callable[[Any, Any, Any], Any]:
-    """Return (pixels uint8[h, w, 3], box, flip) -> the box resized, mirrored and normalized, float32[S, S, 3]."""
-    scale = 1 / np.array(STDDEV_RGB)
-    shift = -np.array(MEAN_RGB) * scale
-    shape = (image_size, image_size, 3)
-    operation = crop_resize()
-    if operation is not None:
-        attributes = {"size": image_size, "scale": scale.tolist(), "shift": shift.tolist()}
-        return lambda pixels, box, flip: tf.ensure_shape(operation(pixels, box, flip, **attributes), shape)
-    # As large as an image: multiplying and adding three numbers along the last axis takes four times as long.
-    scales = tf.constant(np.broadcast_to(scale, shape), tf.float32)
-    shifts = tf.constant(np.broadcast_to(shift, shape), tf.float32)
-
-    def finish(pixels: Any, box: Any, flip: Any) -> Any:
-        part = tf.slice(pixels, [box[0], box[1], 0], [box[2], box[3], 3])[tf.newaxis]
-        image = tf.raw_ops.ResizeBilinear(images=part, size=[image_size, image_size], half_pixel_centers=True)[0]
-        return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image) * scales + shifts
-
-    return finish
-
-
-@dataclass
-class _RecordSource:
-    """The Python side of the pipeline: reads chunks of records and works out their boxes."""
-
-    reader: ShardReader
-    samples: Callable[[int], Iterable[Samples]]
-    boxes: BoxRule
-    on_bad_record: str
-    bad_records: set[int] = field(default_factory=set)
-    _error: Exception | None = None
-    _undecodable: set[int] = field(default_factory=set)
-    _recent: deque[NDArray[np.int64]] = field(default_factory=lambda: deque(maxlen=64))
-
-    def chunks(self, first_batch: int) -> Iterator[tuple[Any, ...]]:
-        try:
-            for records, epochs in self.samples(first_batch):
-                for first in range(0, len(records), _CHUNK_RECORDS):
-                    part = slice(first, first + _CHUNK_RECORDS)
-                    yield self._load(records[part], epochs[part])
-        except Exception as error:  # TensorFlow would bury it in a traceback of its own
-            self._error = error
-            raise
-
-    def _load(self, records: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Any, ...]:
-        self._recent.append(records)
-        real = np.flatnonzero(records != PADDING)
-        wanted = records[real]
-        blobs = self.reader.read(wanted, verify=self.on_bad_record == "error")
-        if self.on_bad_record == "skip":
-            good = self.reader.checksums_ok(wanted, blobs)
-            if self._undecodable:
-                good &= ~np.isin(wanted, list(self._undecodable))
-            self.bad_records.update(wanted[~good].tolist())
-            real, wanted = real[good], wanted[good]
-            blobs = [blob for blob, ok in zip(blobs, good, strict=True) if ok]
-        filler, filler_shape = _padding_image(self.reader)
-        out_blobs = np.empty(len(records), object)
-        out_blobs.fill(filler)  # np.full would cut off zeros at the end of bytes
-        labels = np.full(len(records), PADDING, np.int32)
-        heights = np.full(len(records), filler_shape[0], np.int32)
-        widths = np.full(len(records), filler_shape[1], np.int32)
-        out_blobs[real] = blobs
-        labels[real] = self.reader.labels(wanted)
-        heights[real], widths[real] = self.reader.sizes(wanted)
-        boxes, flips = self.boxes(heights, widths, records, epochs)
-        return out_blobs, labels, boxes, flips
-
-    def skip_or_raise(self, error: Exception) -> None:
-        """Raise for an error that came out of the dataset, in our words, or note which record to skip from now on."""
-        if self._error is not None:
-            raise self._error
-        if self.reader.encoding == "jpeg":
-            for record in np.concatenate(list(self._recent) or [np.zeros(0, np.int64)]).tolist():
-                problem = "" if record == PADDING or record in self.bad_records else self._problem_of(record)
-                if not problem:
-                    continue
-                if self.on_bad_record == "skip":
-                    self._undecodable.add(record)
-                    return
-                raise DataError(
-                    f"{self.reader.describe(record)} {problem}; run `hpctrain data verify` on the data set and prepare "
-                    "it again, or set data.on_bad_record=skip",
-                    record,
-                ) from error
-        raise error
-
-    def _problem_of(self, record: int) -> str:
-        """Say what is wrong with a JPEG whose checksum is right, or nothing."""
-        (blob,) = self.reader.read([record], verify=False)
-        height, width = (int(side[0]) for side in self.reader.sizes([record]))
-        try:
-            found = tf.image.decode_jpeg(blob, channels=3).shape
-        except tf.errors.InvalidArgumentError:
-            return "is not a JPEG image that can be decoded"
-        if tuple(found[:2]) != (height, width):
-            return f"is an image of {found[0]} x {found[1]} pixels, but its index says {height} x {width}"
-        return ""
-
-
-def _padding_image(reader: ShardReader) -> tuple[bytes, tuple[int, int]]:
-    """A small gray image in the data set's encoding, and its height and width."""
-    if reader.encoding == "raw":
-        height, width, channels = reader.image_shape
-        return bytes(height * width * channels), (height, width)
-    return _padding_jpeg(), (8, 8)
-
-
-def _padding_jpeg() -> bytes:
-    global _PADDING_JPEG
-    if _PADDING_JPEG is None:
-        _PADDING_JPEG = bytes(tf.io.encode_jpeg(tf.fill([8, 8, 3], tf.constant(128, tf.uint8))).numpy())
-    return _PADDING_JPEG
-
-
-_PADDING_JPEG: bytes | None = None

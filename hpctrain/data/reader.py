@@ -1,6 +1,7 @@
 """Reads records of a data set by number: large `pread`s at known offsets, no HDF5 calls, safe under threads."""
 
 import errno
+import math
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from hpctrain.data.manifest import Manifest, ShardEntry, split_directory
 from hpctrain.data.shard import INDEX_TYPES, DataError, array_layout, index_checksum, index_problem
 
+_MAX_BUFFERS = 256  # that one preadv fills; systems take 1,024
 _MAX_READ_BYTES = 64 << 20  # of one pread; longer runs of records are read in several
 # What busy parallel file systems answer now and then, and what a second try usually cures.
 _PASSING_ERRORS = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.EINTR}
@@ -24,6 +26,7 @@ _TRIES = 3
 _FIRST_WAIT_SECONDS = 0.2
 
 PathLike = str | os.PathLike[str]
+Buffer = Any  # bytes, or anything that has them in one piece
 _Result = TypeVar("_Result")
 
 
@@ -117,16 +120,31 @@ class ShardReader:
             shard = self._shard(number)
             blobs += self._read_sorted(number, shard, unique[part] - shard.entry.first_record)
         if self._verify if verify is None else verify:
-            bad = np.flatnonzero(~self.checksums_ok(unique, blobs))
-            if bad.size:
-                record = int(unique[bad[0]])
-                others = f" (and {bad.size - 1} more of those read with it)" if bad.size > 1 else ""
-                raise DataError(
-                    f"{self.describe(record)} does not match its checksum{others}: the file was damaged after it was "
-                    "written; run `hpctrain data verify`, copy the shard again, or set data.on_bad_record=skip",
-                    record,
-                )
+            self._raise_if_damaged(unique, blobs)
         return [blobs[place] for place in places.reshape(-1)]
+
+    def read_pixels(self, records: ArrayLike, verify: bool | None = None) -> NDArray[np.uint8]:
+        """Return the given records of a raw data set as uint8[n, height, width, channels], read right into that array.
+
+        Otherwise as `read`.
+        """
+        wanted = self._checked(records)
+        pixels = np.empty((len(wanted), *self.image_shape), np.uint8)
+        rows = pixels.reshape(len(wanted), math.prod(self.image_shape))
+        order = np.argsort(wanted, kind="stable")
+        in_order = wanted[order]
+        for number, part in self._by_shard(in_order):
+            shard = self._shard(number)
+            local = in_order[part] - shard.entry.first_record
+            cuts = [0, *(np.flatnonzero(np.diff(local) != 1) + 1).tolist(), len(local)]
+            for first, last in pairwise(cuts):
+                for begin in range(first, last, _MAX_BUFFERS):
+                    places = order[part][begin : min(last, begin + _MAX_BUFFERS)].tolist()
+                    start = shard.entry.data_offset + int(shard.index["offsets"][local[begin]])
+                    self._pread_into(number, [memoryview(rows[place]) for place in places], start)
+        if self._verify if verify is None else verify:
+            self._raise_if_damaged(wanted, list(rows))
+        return pixels
 
     def labels(self, records: ArrayLike) -> NDArray[np.int32]:
         """Return the class numbers of the given records, int32[n]."""
@@ -141,7 +159,18 @@ class ShardReader:
         """Return the number of bytes of the given records, int64[n]."""
         return self._gather(records, "lengths").astype(np.int64, copy=False)
 
-    def checksums_ok(self, records: ArrayLike, blobs: Sequence[bytes]) -> NDArray[np.bool_]:
+    def _raise_if_damaged(self, records: NDArray[np.int64], blobs: Sequence[Buffer]) -> None:
+        bad = np.flatnonzero(~self.checksums_ok(records, blobs))
+        if bad.size:
+            record = int(records[bad[0]])
+            others = f" (and {bad.size - 1} more of those read with it)" if bad.size > 1 else ""
+            raise DataError(
+                f"{self.describe(record)} does not match its checksum{others}: the file was damaged after it was "
+                "written; run `hpctrain data verify`, copy the shard again, or set data.on_bad_record=skip",
+                record,
+            )
+
+    def checksums_ok(self, records: ArrayLike, blobs: Sequence[Buffer]) -> NDArray[np.bool_]:
         """Return bool[n]: whether each of the given bytes matches the checksum of its record."""
         expected = self._gather(records, "checksums")
         found = np.fromiter((zlib.crc32(blob) for blob in blobs), np.uint32, len(blobs))
@@ -241,6 +270,9 @@ class ShardReader:
     def _pread(self, number: int, num_bytes: int, offset: int) -> bytes:
         return self._with_file(number, lambda file: file.pread(num_bytes, offset))
 
+    def _pread_into(self, number: int, buffers: list[memoryview], offset: int) -> None:
+        self._with_file(number, lambda file: file.pread_into(buffers, offset))
+
     def _with_file(self, number: int, use: "Callable[[_OpenFile], _Result]") -> _Result:
         """Call `use` with the open shard; passing errors of the file system are tried again after a wait."""
         for attempt in range(_TRIES):
@@ -301,6 +333,26 @@ class _OpenFile:
             raise DataError(
                 f"shard {path} has {size} bytes, its dataset.json says {expected_bytes}: it is {state}; copy it again"
             )
+
+    def pread_into(self, buffers: list[memoryview], offset: int) -> None:
+        """Fill `buffers`, one after the other, with what is at `offset`, however many system calls that takes."""
+        begin = offset
+        while buffers:
+            try:
+                count = os.preadv(self._descriptor, buffers, offset)
+            except OSError as error:
+                error.offset = offset  # type: ignore[attr-defined]
+                raise
+            if not count:
+                raise DataError(f"shard {self.path} ends at byte {offset}, before its data do; copy it again")
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers[0])
+                buffers = buffers[1:]
+            if count:
+                buffers = [buffers[0][count:], *buffers[1:]]
+        if self._drop_cache:
+            os.posix_fadvise(self._descriptor, begin, offset - begin, os.POSIX_FADV_DONTNEED)
 
     def pread(self, num_bytes: int, offset: int) -> bytes:
         """Read exactly `num_bytes` at `offset`, however many system calls that takes."""

@@ -22,9 +22,18 @@ class DataSet:
 
 
 def open_split(
-    directory: str | Path, split: str, world: World, *, required: bool = True, page_cache: str = "keep"
+    directory: str | Path,
+    split: str,
+    world: World,
+    *,
+    required: bool = True,
+    page_cache: str = "keep",
+    staged: str | None = None,
 ) -> ShardReader | None:
-    """Open DIR/split (or DIR itself when it is that split) on every rank; only rank 0 looks at the manifest's file."""
+    """Open DIR/split (or DIR itself when it is that split) on every rank; only rank 0 looks at the manifest's file.
+
+    Shards that `staged`/split on a rank's node has (`hpctrain data stage`) are read there.
+    """
 
     def read() -> tuple[str, str] | None:
         folder = Path(directory) / split
@@ -45,7 +54,18 @@ def open_split(
         return manifest.to_json(), str(folder)
 
     found = world.from_root(read)
-    return ShardReader(Manifest.from_json(found[0]), found[1], page_cache=page_cache) if found else None
+    if found is None:
+        return None
+    folders: list[str | Path] = [found[1]]
+    if staged is not None:
+        local = Path(staged) / split
+        if required and not local.is_dir():
+            raise UserError(
+                f"data.staged is {staged} but {world.host} has no {local}; run `hpctrain data stage {directory} "
+                f"{staged}` on the job's nodes first, or leave it unset"
+            )
+        folders.insert(0, local)
+    return ShardReader(Manifest.from_json(found[0]), folders, page_cache=page_cache)
 
 
 def open_data(config: Config, world: World) -> DataSet:
@@ -54,8 +74,9 @@ def open_data(config: Config, world: World) -> DataSet:
         return DataSet(None, None, config.data.synthetic_records, config.model.num_classes or 1000)
     if config.data.path is None:
         raise UserError("the recipe names no data; set data.path=DIR to prepared shards, or data.synthetic=true")
-    train = open_split(config.data.path, "train", world, page_cache=config.data.page_cache)
-    val = open_split(config.data.path, "val", world, required=False, page_cache=config.data.page_cache)
+    cache, staged = config.data.page_cache, config.data.staged
+    train = open_split(config.data.path, "train", world, page_cache=cache, staged=staged)
+    val = open_split(config.data.path, "val", world, required=False, page_cache=cache, staged=staged)
     assert train is not None
     classes = config.model.num_classes or train.num_classes
     for reader in (train, val):

@@ -18,7 +18,7 @@ SCALE, SHIFT = [0.5, 2.0, -1.0], [1.0, 0.0, 10.0]
 def run(image: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
     operation = crop_resize()
     assert operation is not None, "run `python -m hpctrain.data.native.build`"
-    return np.asarray(operation(image, box, flip, size=size, scale=SCALE, shift=SHIFT))
+    return np.asarray(operation([image], [box], [flip], size=size, scale=SCALE, shift=SHIFT))[0]
 
 
 def expected(image: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_a_box_outside_the_image_is_an_error(box: list[int]) -> None:
 
 @pytest.mark.parametrize("shape", [(5, 6, 1), (5, 6), (5, 6, 4)])
 def test_other_shapes_are_an_error(shape: tuple[int, ...]) -> None:
-    with pytest.raises(tf.errors.InvalidArgumentError, match="expected an image"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="expected images"):
         run(np.zeros(shape, np.uint8), [0, 0, 1, 1], False, 4)
 
 

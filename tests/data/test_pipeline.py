@@ -10,17 +10,12 @@ import pytest
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hpctrain.data import ShardReader, ShardWriter, pipeline
+from hpctrain.data import ShardReader, ShardWriter, decode
 from hpctrain.data.augment import central_boxes, training_boxes
+from hpctrain.data.decode import MEAN_RGB, STDDEV_RGB
 from hpctrain.data.manifest import Manifest
 from hpctrain.data.order import SampleOrder
-from hpctrain.data.pipeline import (
-    MEAN_RGB,
-    STDDEV_RGB,
-    InputPipeline,
-    evaluation_pipeline,
-    training_pipeline,
-)
+from hpctrain.data.pipeline import InputPipeline, evaluation_pipeline, training_pipeline
 from hpctrain.data.shard import DataError
 from tests.conftest import image_bytes
 
@@ -32,9 +27,9 @@ Batch = tuple[NDArray[np.float32], NDArray[np.int32]]
 def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs with the compiled operation, and with what stands in for it where it was not compiled."""
     if request.param == "own operation":
-        assert pipeline.crop_resize() is not None, "run `python -m hpctrain.data.native.build`"
+        assert decode.crop_resize() is not None, "run `python -m hpctrain.data.native.build`"
     else:
-        monkeypatch.setattr(pipeline, "crop_resize", lambda: None)
+        monkeypatch.setattr(decode, "crop_resize", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +79,7 @@ def bilinear(pixels: NDArray[np.floating], size: int) -> NDArray[np.float64]:
 def expected_image(reader: ShardReader, record: int, box: NDArray[np.int32], flip: bool) -> NDArray[np.float64]:
     """Decode all of the image, then crop, resize, mirror and normalize in NumPy."""
     (blob,) = reader.read([record])
-    pixels = tf.image.decode_jpeg(blob, channels=3, dct_method="INTEGER_FAST").numpy()
+    pixels = tf.image.decode_jpeg(blob, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False).numpy()
     top, left, height, width = box
     image = bilinear(pixels[top : top + height, left : left + width].astype(np.float64), SIZE)
     image = image[:, ::-1] if flip else image

@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from hpctrain.data import ShardReader, ShardWriter
 from hpctrain.data.augment import central_boxes
-from hpctrain.data.pipeline import MEAN_RGB, STDDEV_RGB, evaluation_pipeline
+from hpctrain.data.decode import MEAN_RGB, STDDEV_RGB
+from hpctrain.data.pipeline import evaluation_pipeline
 from hpctrain.parallel.world import World
 from hpctrain.training.evaluate import Evaluation, Evaluator
 from tests.conftest import image_bytes
@@ -55,7 +56,9 @@ def test_it_is_what_predict_and_numpy_give(
     boxes = central_boxes(*reader.sizes(records))
     images = []
     for blob, (top, left, height, width) in zip(reader.read(records), boxes, strict=True):
-        pixels = tf.image.decode_and_crop_jpeg(blob, (top, left, height, width), 3, dct_method="INTEGER_FAST")
+        pixels = tf.image.decode_and_crop_jpeg(
+            blob, (top, left, height, width), 3, dct_method="INTEGER_FAST", fancy_upscaling=False
+        )
         images.append((tf.image.resize(pixels, (SIZE, SIZE)).numpy() - MEAN_RGB) / STDDEV_RGB)
     logits = model.predict(np.array(images, np.float32), verbose=0).astype(np.float64)
     labels = records % CLASSES

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_skipped_records_are_named_at_the_end(shards: Path, launcher: Launcher, 
     assert [line["num_images"] for line in metrics_of(run_dir) if line["kind"] == "eval"] == [VAL_IMAGES - 1]
     outcome = launcher.run(2, "evaluate", str(run_dir))
     assert outcome.code == 0 and names[1] in outcome.stderr
+
+
+def test_training_reads_what_was_staged(shards: Path, launcher: Launcher, tmp_path: Path) -> None:
+    """Every shard on the shared file system is spoiled once it is staged: none of them is read again."""
+    shared, local = tmp_path / "shared", tmp_path / "local"
+    shutil.copytree(shards, shared)
+    outcome = launcher.run(2, "data", "stage", str(shared), str(local), "--partitions", "4")
+    assert outcome.code == 0, outcome.stderr
+    for path in shared.glob("*/*.h5"):
+        path.write_bytes(bytes(path.stat().st_size))
+    settings = ["data.partitions=4", f"data.staged={local}"]
+    launcher.train(2, tmp_path / "run", f"data.path={shared}", *QUICK, *settings)
+    outcome = launcher.run(2, "train", "demo", f"data.path={shared}", *QUICK, "data.staged=/nowhere/else")
+    assert outcome.code == 2 and "hpctrain data stage" in outcome.stderr, outcome
 
 
 def test_evaluate_gives_the_same_bits_on_any_ranks(shards: Path, launcher: Launcher, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ LIBRARY = Path(__file__).with_name("_crop_resize.so")
 
 @functools.cache
 def crop_resize() -> Any:
-    """Return the operation (image uint8[h, w, 3], box int32[4], flip bool) -> float32[size, size, 3], or None.
+    """Return the operation (images, boxes int32[k, 4], flips bool[k]) -> float32[k, size, size, 3], or None.
 
-    Its attributes are `size`, and `scale` and `shift`, three numbers each: a pixel becomes pixel * scale + shift.
+    `images` is a list of uint8[h, w, 3], or of uint8[n, h, w, 3] with n images each, k in all. Attributes are `size`,
+    and `scale` and `shift`, three numbers each: a pixel becomes pixel * scale + shift.
     """
     if not LIBRARY.is_file():
         return None

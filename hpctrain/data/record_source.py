@@ -1,0 +1,124 @@
+"""The Python side of the input pipeline: which records a batch has, their bytes, and the boxes to cut out of them."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from hpctrain.data.augment import Boxes
+from hpctrain.data.decode import PADDING_GRAY, PADDING_SIZE, padding_jpeg
+from hpctrain.data.reader import ShardReader
+from hpctrain.data.shard import DataError
+
+PADDING = -1  # record number and label of what fills up a batch and counts for nothing
+
+Samples = tuple[NDArray[np.int64], NDArray[np.int64]]  # record numbers (or PADDING) and their epochs
+BoxRule = Callable[
+    [NDArray[np.int32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]], tuple[Boxes, NDArray[np.bool_]]
+]
+
+
+@dataclass
+class RecordSource:
+    """Reads the records of one batch after the other and works out their boxes."""
+
+    reader: ShardReader
+    samples: Callable[[int], Iterable[Samples]]
+    boxes: BoxRule
+    on_bad_record: str
+    bad_records: set[int] = field(default_factory=set)
+    _error: Exception | None = None
+    _undecodable: set[int] = field(default_factory=set)
+    _recent: deque[NDArray[np.int64]] = field(default_factory=lambda: deque(maxlen=64))
+
+    def batches(self, first_batch: int, micro_batch: int) -> Iterator[tuple[Any, ...]]:
+        """Yield (images, labels int32[k], boxes int32[k, 4], flips bool[k]) of each batch from `first_batch` on.
+
+        `images` are the bytes of k JPEG files, or uint8[k, height, width, 3] where they are raw.
+        """
+        try:
+            for records, epochs in self.samples(first_batch):
+                for first in range(0, len(records), micro_batch):
+                    part = slice(first, first + micro_batch)
+                    yield self._load(records[part], epochs[part])
+        except Exception as error:  # TensorFlow would bury it in a traceback of its own
+            self._error = error
+            raise
+
+    def _load(self, records: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Any, ...]:
+        self._recent.append(records)
+        real = np.flatnonzero(records != PADDING)
+        images, good = self._read(records, real)
+        real = real[good]
+        labels = np.full(len(records), PADDING, np.int32)
+        heights, widths = np.full((2, len(records)), PADDING_SIZE, np.int32)
+        labels[real] = self.reader.labels(records[real])
+        heights[real], widths[real] = self.reader.sizes(records[real])
+        boxes, flips = self.boxes(heights, widths, records, epochs)
+        return images, labels, boxes, flips
+
+    def _read(self, records: NDArray[np.int64], real: NDArray[np.int64]) -> tuple[Any, NDArray[np.bool_]]:
+        """Return the images of a batch, with padding where a record is not real or not good, and which are good."""
+        wanted, verify = records[real], self.on_bad_record == "error"
+        found: Any
+        blobs: Any
+        if self.reader.encoding == "raw":
+            found = self.reader.read_pixels(wanted, verify)
+            blobs = list(found.reshape(len(wanted), math.prod(self.reader.image_shape)))
+        else:
+            found = np.empty(len(wanted), object)
+            found[:] = blobs = self.reader.read(wanted, verify)
+        good = np.ones(len(wanted), np.bool_)
+        if not verify:
+            good = self.reader.checksums_ok(wanted, blobs)
+            if self._undecodable:
+                good &= ~np.isin(wanted, list(self._undecodable))
+            self.bad_records.update(wanted[~good].tolist())
+        if len(wanted) == len(records) and good.all():
+            return found, good
+        images = self._padding(len(records))
+        images[real[good]] = found[good]
+        return images, good
+
+    def _padding(self, count: int) -> Any:
+        if self.reader.encoding == "raw":
+            return np.full((count, *self.reader.image_shape), PADDING_GRAY, np.uint8)
+        images = np.empty(count, object)
+        images.fill(padding_jpeg())  # np.full would cut off zeros at the end of bytes
+        return images
+
+    def skip_or_raise(self, error: Exception) -> None:
+        """Raise for an error that came out of the dataset, in our words, or note which record to skip from now on."""
+        if self._error is not None:
+            raise self._error
+        if self.reader.encoding == "jpeg":
+            for record in np.concatenate(list(self._recent) or [np.zeros(0, np.int64)]).tolist():
+                problem = "" if record == PADDING or record in self.bad_records else self._problem_of(record)
+                if not problem:
+                    continue
+                if self.on_bad_record == "skip":
+                    self._undecodable.add(record)
+                    return
+                raise DataError(
+                    f"{self.reader.describe(record)} {problem}; run `hpctrain data verify` on the data set and prepare "
+                    "it again, or set data.on_bad_record=skip",
+                    record,
+                ) from error
+        raise error
+
+    def _problem_of(self, record: int) -> str:
+        """Say what is wrong with a JPEG whose checksum is right, or nothing."""
+        (blob,) = self.reader.read([record], verify=False)
+        height, width = (int(side[0]) for side in self.reader.sizes([record]))
+        try:
+            found = tf.image.decode_jpeg(blob, channels=3).shape
+        except tf.errors.InvalidArgumentError:
+            return "is not a JPEG image that can be decoded"
+        if tuple(found[:2]) != (height, width):
+            return f"is an image of {found[0]} x {found[1]} pixels, but its index says {height} x {width}"
+        return ""
