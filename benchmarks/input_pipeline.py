@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from benchmarks.imagenet_like import jpegs
 from hpctrain.bench.input import batches_per_second
 from hpctrain.data.decode import MEAN_RGB, STDDEV_RGB
 from hpctrain.data.order import SampleOrder
@@ -35,30 +36,6 @@ from hpctrain.data.writer import ShardWriter
 BATCH = 32
 SIZE = 224
 RAW_SIZE = 256
-
-
-def photographs() -> list[np.ndarray]:
-    """Return scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
-
-    return list(load_sample_images().images)
-
-
-def jpegs(count: int) -> Iterator[bytes]:
-    """Make ImageNet-like JPEGs: parts of photographs at 500x375 pixels with a little noise, quality 92."""
-    random = np.random.default_rng(0)
-    sources = photographs()
-    for _ in range(count):
-        source = sources[random.integers(len(sources))]
-        height = int(random.integers(240, 400))
-        width = height * 4 // 3
-        top, left = random.integers(source.shape[0] - height), random.integers(source.shape[1] - width)
-        part = Image.fromarray(source[top : top + height, left : left + width])
-        part = part.resize((500, 375), Image.Resampling.BICUBIC)
-        pixels = np.asarray(part, np.float32) + random.normal(0, 4, (375, 500, 1))
-        file = io.BytesIO()
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
-        yield file.getvalue()
 
 
 def make_data(folder: Path, count: int) -> None:

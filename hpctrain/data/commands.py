@@ -32,6 +32,7 @@ data.add_command(stage_command)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the global shuffle.")
 @click.option("--workers", type=int, help="Processes; by default one a core, or one a rank under MPI.")
 @click.option("--classes", type=click.Path(path_type=Path), help="File of class names (WNIDs) in label order.")
+@click.option("--decode", is_flag=True, help="Decode JPEGs that are kept, too, as a check (else header and end).")
 @click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be decoded.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set that OUTPUT/SPLIT already holds.")
 @click.pass_context

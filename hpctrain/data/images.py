@@ -33,6 +33,7 @@ class JpegHeader:
     components: int
     bits: int
     frame: int  # the marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, others rare
+    place: int  # byte at which the frame header starts
 
     @property
     def is_ordinary(self) -> bool:
@@ -63,7 +64,7 @@ def jpeg_header(blob: bytes) -> JpegHeader:
             bits, height, width, components = struct.unpack_from(">BHHB", blob, place + 4)
             if height == 0 or width == 0:
                 raise ImageError("its JPEG header gives no size")
-            return JpegHeader(height, width, components, bits, marker)
+            return JpegHeader(height, width, components, bits, marker, place)
         place += 2 + max(2, int.from_bytes(blob[place + 2 : place + 4], "big"))
     raise ImageError("its JPEG header is cut off")
 
@@ -78,14 +79,17 @@ class PreparedImage:
     conversion: str
 
 
-def prepare_jpeg(blob: bytes, resize: int | None = None, quality: int = 90) -> PreparedImage:
+def prepare_jpeg(blob: bytes, resize: int | None = None, quality: int = 90, decode: bool = False) -> PreparedImage:
     """Turn the bytes of an image file into a JPEG that TensorFlow decodes, keeping them where possible.
 
     With `resize`, images whose shorter side is longer than that many pixels are scaled down to it and encoded at
     `quality`; smaller ones are kept. Images that are not an ordinary JPEG are encoded as RGB JPEG at quality 95, or at
-    `quality` where they are scaled. The whole image is decoded in every case, so damaged files raise an ImageError.
-    Rotation tags are ignored, as TensorFlow ignores them; transparency is dropped.
+    `quality` where they are scaled. Damaged files raise an ImageError: those that cannot be decoded; of a JPEG that is
+    kept only header and end are looked at, unless `decode` asks for more. Rotation tags are ignored, as TensorFlow
+    ignores them; transparency is dropped.
     """
+    if not decode and (kept := _kept_as_it_is(blob, resize)) is not None:
+        return kept
     with _open(blob) as image:
         width, height = image.size
         scale = resize is not None and min(width, height) > resize
@@ -99,6 +103,22 @@ def prepare_jpeg(blob: bytes, resize: int | None = None, quality: int = 90) -> P
             rgb = _scaled(image, size)
             return PreparedImage(_encode(rgb, quality), size[1], size[0], conversion or "resized")
         return PreparedImage(_encode(_to_rgb(image), _DEFAULT_QUALITY), height, width, conversion)
+
+
+def _kept_as_it_is(blob: bytes, resize: int | None) -> PreparedImage | None:
+    """Return an ordinary JPEG that needs no scaling and has an end, not decoded; None if it takes a closer look.
+
+    A file that was cut off has no end marker behind its frame header (the one of an embedded preview lies before), and
+    decoders take what is wrong between the two, if anything, for a warning.
+    """
+    try:
+        header = jpeg_header(blob)
+    except ImageError:
+        return None  # another format, or damaged
+    small = resize is None or min(header.width, header.height) <= resize
+    if small and header.is_ordinary and blob.rfind(b"\xff\xd9") > header.place:
+        return PreparedImage(blob, header.height, header.width, "")
+    return None
 
 
 def prepare_raw(blob: bytes, size: int) -> PreparedImage:

@@ -64,6 +64,7 @@ def _run_in_pool(
     progress: "Progress",
 ) -> list[Result]:
     fresh = multiprocessing.get_context("spawn")
+    callers_own = set(multiprocessing.active_children())
     done = fresh.Array("q", 3)
     pool = ProcessPoolExecutor(workers, fresh, _start_worker, (function, context, done))
     try:
@@ -83,7 +84,7 @@ def _run_in_pool(
             "shards, and run the command again"
         ) from error
     finally:
-        for child in multiprocessing.active_children():  # none, unless something went wrong
+        for child in set(multiprocessing.active_children()) - callers_own:  # none, unless something went wrong
             child.terminate()
         pool.shutdown(cancel_futures=True)
 

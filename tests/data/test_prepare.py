@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -190,6 +191,44 @@ def test_raw(make_tree, tmp_path: Path) -> None:
     run(make_tree(), tmp_path / "out", "train", raw=16)
     reader = ShardReader(tmp_path / "out" / "train")
     assert reader.image_shape == (16, 16, 3) and {len(blob) for blob in reader.read(np.arange(21))} == {768}
+
+
+def test_jpegs_that_are_kept_are_decoded_on_request(make_tree, tmp_path: Path) -> None:
+    """What header and end do not show: a progressive JPEG with a Huffman table that no decoder accepts."""
+    tree = make_tree(classes=2, images=4)
+    victim = sorted(tree.rglob("*.JPEG"))[3]
+    blob = bytearray(victim.read_bytes())
+    table = blob.index(b"\xff\xc4") + 5
+    blob[table : table + 16] = bytes([255] * 16)  # more codes than there can be
+    victim.write_bytes(blob)
+    assert run(tree, tmp_path / "quick", "train").num_records == 8
+    with pytest.raises(UserError, match=victim.name):
+        run(tree, tmp_path / "careful", "train", decode=True)
+    assert run(tree, tmp_path / "careful", "train", decode=True, skip_bad=True).num_records == 7
+
+
+def test_a_preview_does_not_stand_for_the_end_of_a_cut_off_image(make_tree, tmp_path: Path) -> None:
+    tree = make_tree(classes=2, images=4)
+    victim = sorted(tree.rglob("*.JPEG"))[5]
+    blob = victim.read_bytes()
+    preview = b"\xff\xd8\xff\xd9"
+    with_preview = blob[:2] + b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview + blob[2:]
+    victim.write_bytes(with_preview)
+    assert run(tree, tmp_path / "whole", "train").num_records == 8
+    victim.write_bytes(with_preview[: len(with_preview) * 2 // 3])
+    with pytest.raises(UserError, match=victim.name):
+        run(tree, tmp_path / "cut", "train")
+
+
+def test_processes_of_the_caller_are_left_alone(make_tree, tmp_path: Path) -> None:
+    own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    own.start()
+    try:
+        run(make_tree(classes=2, images=8), tmp_path / "out", "train", workers=2)
+        assert own.is_alive()
+    finally:
+        own.kill()
+        own.join()
 
 
 def test_bad_images_are_all_listed_or_left_out(make_tree, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def prepare(
     workers: int | None = None,
     labels: str | Path | None = None,
     classes: str | Path | None = None,
+    decode: bool = False,
     skip_bad: bool = False,
     overwrite: bool = False,
     source: ImageSource | None = None,
@@ -59,8 +60,9 @@ def prepare(
     JPEG files are kept byte for byte unless `resize` (pixels of the shorter side) makes them smaller; `raw` stores
     uint8[raw, raw, 3] instead. The order is a global shuffle by `seed`. The shards are the same, byte for byte,
     whatever the number of `workers` (processes; by default one a core, or one a rank) and ranks in `group`. A rerun
-    after an interruption keeps the shards that were finished. Images that cannot be decoded end the run with a
-    UserError after all have been listed, or are left out with `skip_bad`. `echo` gets lines for the user.
+    after an interruption keeps the shards that were finished. Damaged images end the run with a UserError after all
+    have been listed, or are left out with `skip_bad`; of JPEGs that are kept only header and end are looked at, unless
+    `decode` asks for all of them to be decoded. `echo` gets lines for the user.
     """
     group = group or Alone()
     say = _speaker(group, echo, quiet)
@@ -85,7 +87,7 @@ def prepare(
         say(f"{folder} is complete already: {finished.num_records:,} records in {len(finished.shards)} shards")
         return finished
     while True:
-        outcomes = _make_shards(plan, images, workers, group, quiet)
+        outcomes = _make_shards(plan, images, decode, workers, group, quiet)
         bad = sorted(item for outcome in outcomes for item in outcome.bad)
         if not bad:
             break
@@ -193,7 +195,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _make_shards(plan: Plan, source: ImageSource, workers: int, group: Group, quiet: bool) -> list[ShardOutcome]:
+def _make_shards(
+    plan: Plan, source: ImageSource, decode: bool, workers: int, group: Group, quiet: bool
+) -> list[ShardOutcome]:
     """Make every shard of the plan, this rank those that are its own; return all outcomes in shard order."""
     bounds = plan.bounds()
     # What made the bytes: the options, what was left out, and the library that encodes.
@@ -213,7 +217,7 @@ def _make_shards(plan: Plan, source: ImageSource, workers: int, group: Group, qu
 
     def work() -> list[ShardOutcome]:
         with Progress(title, total, quiet=quiet or group.rank != 0) as progress:
-            return run_tasks(make_shard, (source, plan.encoding), tasks, workers, progress)
+            return run_tasks(make_shard, (source, plan.encoding, decode), tasks, workers, progress)
 
     shares = on_all(group, work)
     return [shares[shard % group.size][shard // group.size] for shard in range(plan.num_shards)]

@@ -44,9 +44,12 @@ class ShardOutcome:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-def make_shard(context: tuple[ImageSource, Encoding], task: ShardTask, count: Count) -> ShardOutcome:
-    """Make a shard, or recognize one that an earlier run finished. After a bad image the others are only checked."""
-    source, encoding = context
+def make_shard(context: tuple[ImageSource, Encoding, bool], task: ShardTask, count: Count) -> ShardOutcome:
+    """Make a shard, or recognize one that an earlier run finished. After a bad image the others are only checked.
+
+    The context is the input, what is done to each image, and whether those that are kept are decoded as a check.
+    """
+    source, encoding, decode = context
     finished = _finished(task)
     if finished is not None:
         count(len(task.images), already_done=True)
@@ -60,7 +63,7 @@ def make_shard(context: tuple[ImageSource, Encoding], task: ShardTask, count: Co
             try:
                 if isinstance(blob, ImageError):
                     raise blob
-                prepared = _prepare(blob, encoding)
+                prepared = _prepare(blob, encoding, decode)
             except ImageError as error:
                 bad.append((image.name, str(error)))
             else:
@@ -104,10 +107,10 @@ def _read_all(source: ImageSource, images: ImageList) -> Iterator[tuple[SourceIm
         start = end
 
 
-def _prepare(blob: bytes, encoding: Encoding) -> PreparedImage:
+def _prepare(blob: bytes, encoding: Encoding, decode: bool) -> PreparedImage:
     if encoding.raw_size:
         return prepare_raw(blob, encoding.raw_size)
-    return prepare_jpeg(blob, encoding.resize, encoding.quality)
+    return prepare_jpeg(blob, encoding.resize, encoding.quality, decode)
 
 
 def _finished(task: ShardTask) -> ShardOutcome | None:
