@@ -19,6 +19,10 @@ class _Verbs(click.Group):
         self._elsewhere = {
             "data": ("hpctrain.data.commands", "data", "Prepare, verify and look at shards."),
             "bench": ("hpctrain.bench.commands", "bench", "Measure parts of a training job on this machine."),
+            "submit": ("hpctrain.jobs.commands", "submit", "Submit a training job to a site's batch system."),
+            "status": ("hpctrain.jobs.commands", "status", "Show jobs, and how far their runs are."),
+            "cancel": ("hpctrain.jobs.commands", "cancel", "Cancel the jobs of a run."),
+            "templates": ("hpctrain.jobs.commands", "templates", "Copy the job templates, to edit and submit by hand."),
         }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -220,7 +224,7 @@ def sites(ctx: click.Context) -> None:
     from hpctrain.jobs.site import load_site, site_names
 
     for name in site_names():
-        click.echo(f"{name:<16} {load_site(name).description}")
+        click.echo(f"{name:<20} {load_site(name).description}")
 
 
 @sites.command("show")
