@@ -129,6 +129,23 @@ def test_ranks_get_the_slices_of_the_global_batch(reader: ShardReader) -> None:
         assert_same(in_order, whole)
 
 
+@pytest.mark.parametrize("partitions", [1, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_all_ranks_together_read_every_record_once_an_epoch(ranks: int, partitions: int, tmp_path: Path) -> None:
+    """48 records, told apart by the gray of their pixels, in two epochs of 2 global batches of 24."""
+    with ShardWriter(tmp_path, "train", 48, 8, ["x"], encoding="raw", image_shape=(4, 4, 3)) as writer:
+        for i in range(48):
+            writer.add(np.full((4, 4, 3), 5 * i, np.uint8), 0)
+    order = SampleOrder(48, 24, partitions=partitions, shuffle_block=2)
+    seen: list[list[int]] = [[], []]
+    for rank in range(ranks):
+        options: dict[str, Any] = {"micro_batch": 24 // ranks, "image_size": 2, "rank": rank, "ranks": ranks}
+        for step, (images, _) in enumerate(train_batches(ShardReader(tmp_path / "train"), order, **options)):
+            gray = images[:, 0, 0, 0] * STDDEV_RGB[0] + MEAN_RGB[0]
+            seen[step // 2] += np.rint(gray / 5).astype(int).tolist()
+    assert [sorted(records) for records in seen] == [list(range(48))] * 2
+
+
 def test_a_resumed_run_goes_on_with_the_next_sample(reader: ShardReader) -> None:
     order = SampleOrder(RECORDS, 8)
     assert_same(train_batches(reader, order, first_step=3), train_batches(reader, order)[4:])
