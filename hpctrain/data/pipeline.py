@@ -163,7 +163,7 @@ def input_pipeline(
     not match, or which cannot be decoded, becomes padding, so that ranks stay in step, and is listed in `bad_records`.
     `read_ahead_batches` batches are made before they are asked for, and the records of as many again are read.
     """
-    source = RecordSource(reader, samples, boxes, on_bad_record)
+    source = RecordSource(reader, samples, boxes, on_bad_record, read_ahead_batches)
     images = tf.TensorSpec([None], tf.string)
     if reader.encoding == "raw":
         images = tf.TensorSpec([None, *reader.image_shape], tf.uint8)
@@ -184,8 +184,7 @@ def input_pipeline(
         dataset = tf.data.Dataset.from_generator(
             lambda: source.batches(first_batch, micro_batch), output_signature=(images, *rest)
         )
-        dataset = dataset.prefetch(read_ahead_batches)
-        dataset = dataset.map(to_batch, num_parallel_calls=threads, deterministic=True)
+        dataset = dataset.prefetch(1).map(to_batch, num_parallel_calls=threads, deterministic=True)
         return dataset.prefetch(read_ahead_batches).with_options(options)
 
     return InputPipeline(dataset_from, source)

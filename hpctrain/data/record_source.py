@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class RecordSource:
     samples: Callable[[int], Iterable[Samples]]
     boxes: BoxRule
     on_bad_record: str
+    read_ahead_batches: int
     bad_records: set[int] = field(default_factory=set)
     _error: Exception | None = None
     _undecodable: set[int] = field(default_factory=set)
@@ -41,17 +43,29 @@ class RecordSource:
 
         `images` are the bytes of k JPEG files, or uint8[k, height, width, 3] where they are raw.
         """
+        readers = ThreadPoolExecutor(self.read_ahead_batches, "read")
+        loading: deque[Future[tuple[Any, ...]]] = deque()
         try:
-            for records, epochs in self.samples(first_batch):
-                for first in range(0, len(records), micro_batch):
-                    part = slice(first, first + micro_batch)
-                    yield self._load(records[part], epochs[part])
+            # Several batches are read at once: a parallel file system answers slowly, but many requests at a time.
+            for records, epochs in self._samples_of_batches(first_batch, micro_batch):
+                self._recent.append(records)
+                loading.append(readers.submit(self._load, records, epochs))
+                if len(loading) > self.read_ahead_batches:
+                    yield loading.popleft().result()
+            while loading:
+                yield loading.popleft().result()
         except Exception as error:  # TensorFlow would bury it in a traceback of its own
             self._error = error
             raise
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+
+    def _samples_of_batches(self, first_batch: int, micro_batch: int) -> Iterator[Samples]:
+        for records, epochs in self.samples(first_batch):
+            for first in range(0, len(records), micro_batch):
+                yield records[first : first + micro_batch], epochs[first : first + micro_batch]
 
     def _load(self, records: NDArray[np.int64], epochs: NDArray[np.int64]) -> tuple[Any, ...]:
-        self._recent.append(records)
         real = np.flatnonzero(records != PADDING)
         images, good = self._read(records, real)
         real = real[good]
