@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 @click.option("--account", help="Whose hours are used.")
 @click.option("--partition", help="Partition (Slurm) or queue (PBS); default: the site's.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), help="Default: the site's.")
+@click.option(
+    "--cores", type=click.IntRange(min=1), help="Physical cores of a node, where the site's profile does not know."
+)
 @click.option("--name", help="Name of job and run; default: the recipe's.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept; default: runs/NAME.")
 @click.option("--stage", is_flag=True, help="Copy the data to the nodes' own storage first (the site's node_local).")
@@ -48,6 +51,7 @@ def submit(
     account: str | None,
     partition: str | None,
     ranks_per_node: int | None,
+    cores: int | None,
     name: str | None,
     run_dir: Path | None,
     stage: bool,
@@ -65,7 +69,7 @@ def submit(
     """
     from hpctrain.jobs.schedulers import SCHEDULERS
     from hpctrain.jobs.site import load_site
-    from hpctrain.jobs.submission import Request, local_command_text, prepare
+    from hpctrain.jobs.submission import Request, knows_cores, local_command_text, prepare
 
     site = load_site(site_name)
     batch_only = {"--after": after, "--array": array, "--chain": chain > 1, "--stage": stage, "--stage-env": stage_env}
@@ -83,6 +87,7 @@ def submit(
         account=account,
         partition=partition,
         ranks_per_node=ranks_per_node,
+        cores=cores,
         name=name,
         run_dir=run_dir,
         array=array is not None,
@@ -96,6 +101,12 @@ def submit(
             click.echo(local_command_text(job))
             return 0
         return _run_here(job)
+    if not knows_cores(request, site):
+        click.echo(
+            f"warning: the profile {site.name} does not know how many cores a node has, so each rank gets one; give "
+            "--cores N, or a profile of your own",
+            err=True,
+        )
     if after is not None and not SCHEDULERS[site.scheduler].JOB.fullmatch(after):
         raise UserError(f"--after is {after!r}; expected a job id as {site.scheduler} prints it")
     if dry_run:

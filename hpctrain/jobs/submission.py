@@ -31,6 +31,7 @@ class Request:
     account: str | None = None
     partition: str | None = None
     ranks_per_node: int | None = None
+    cores: int | None = None  # physical cores of a node, where the site's profile does not know them
     name: str | None = None
     run_dir: Path | None = None
     array: bool = False
@@ -55,7 +56,8 @@ class Submission:
 def prepare(request: Request, site: Site) -> Submission:
     """Check a request and return its job, or raise UserError before any node-hour is spent. Writes nothing."""
     config = load_config(request.recipe, request.overrides)
-    plan = layout(site, request.nodes, request.ranks_per_node, _cores_here() if site.scheduler == "local" else None)
+    cores = _cores_here() if site.scheduler == "local" and request.cores is None else request.cores
+    plan = layout(site, request.nodes, request.ranks_per_node, cores)
     config.micro_batches_a_rank(plan.ranks)
     data = _check_data(config)
     name = _job_name(request.name, config.name, site.scheduler)
@@ -63,7 +65,7 @@ def prepare(request: Request, site: Site) -> Submission:
     render.one_line(str(run_dir), "the run directory")
     given = {override.partition("=")[0] for override in request.overrides}
     overrides = [text for text in request.overrides if text.partition("=")[0] not in ("data.path", "data.partitions")]
-    if "train.threads" not in given and config.train.threads is None and not site.node.nominal:
+    if "train.threads" not in given and config.train.threads is None and knows_cores(request, site):
         overrides.append(f"train.threads={plan.threads_per_rank}")  # not those of the reserved cores
     recipe = str(find_recipe(request.recipe).absolute()) if _is_file(request.recipe) else request.recipe
     variables = environment(site, plan)
@@ -103,6 +105,11 @@ def prepare(request: Request, site: Site) -> Submission:
     return Submission(name, run_dir, plan, f"job{SUFFIXES[site.scheduler]}", script, (), {})
 
 
+def knows_cores(request: Request, site: Site) -> bool:
+    """Return whether the cores of a node are known; else a job gets one a rank, which the user should be told."""
+    return request.cores is not None or not site.node.nominal
+
+
 def log_path(job: Submission, scheduler: str, job_id: str) -> Path:
     """Return where a submitted job writes its log."""
     return job.run_dir.parent / "logs" / f"{job.name}-{job_id.split('.')[0]}.out"
@@ -126,9 +133,8 @@ def _slurm_directives(
 def _pbs_directives(
     request: Request, site: Site, plan: Layout, name: str, partition: str | None, logs: Path
 ) -> dict[str, str | None]:
-    chunk = f"ncpus={site.node.cores}:mpiprocs={plan.ranks_per_node}:ompthreads={plan.threads_per_rank}"
-    if site.node.nominal:
-        chunk = f"ncpus={plan.ranks_per_node}:mpiprocs={plan.ranks_per_node}:ompthreads={plan.threads_per_rank}"
+    cores = request.cores or (plan.ranks_per_node if site.node.nominal else site.node.cores)
+    chunk = f"ncpus={cores}:mpiprocs={plan.ranks_per_node}:ompthreads={plan.threads_per_rank}"
     return {
         "-N": name,
         "-l select": f"{plan.nodes}:{chunk}" + (f":{site.select}" if site.select else ""),

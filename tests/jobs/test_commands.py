@@ -69,7 +69,7 @@ def submit(
 
 
 def test_submit_writes_the_script_and_tells_job_and_log(here: Here) -> None:
-    lines = submit("--name", "first").output.splitlines()
+    lines = submit("--name", "first").stdout.splitlines()
     runs = Path.cwd() / "runs"
     assert lines == ["job: 101", f"log: {runs}/logs/first-101.out", f"run: {runs}/first"]
     assert (runs / "logs").is_dir()
@@ -78,8 +78,13 @@ def test_submit_writes_the_script_and_tells_job_and_log(here: Here) -> None:
     assert f'#SBATCH --output="{runs}/logs/first-%j.out"' in (runs / "first" / "job.sbatch").read_text()
 
 
+def test_a_site_that_does_not_know_its_cores_is_told_of(here: Here) -> None:
+    assert "give --cores N" in submit("--name", "first").stderr
+    assert submit("--name", "second", "--cores", "8").stderr == ""
+
+
 def test_a_dry_run_prints_the_same_script_and_does_nothing(here: Here) -> None:
-    printed = submit("--dry-run", "--name", "first").output
+    printed = submit("--dry-run", "--name", "first").stdout
     assert not Path("runs").exists() and here.calls("sbatch") == []
     submit("--name", "first")
     assert Path("runs/first/job.sbatch").read_text() == printed
@@ -197,17 +202,17 @@ def test_a_job_list_that_was_tampered_with_calls_nothing(here: Here) -> None:
 
 
 def test_pbs(here: Here) -> None:
-    output = submit("--after", "5.server", "--name", "pbs-run", site="generic-pbs").output
+    output = submit("--after", "5.server", "--name", "pbs-run", site="generic-pbs").stdout
     script = Path.cwd() / "runs" / "pbs-run" / "job.pbs"
     assert output.splitlines()[:2] == ["job: 7.server", f"log: {script.parent.parent}/logs/pbs-run-7.out"]
     assert here.calls("qsub") == [["-W", "depend=afterok:5.server", str(script)]]
     job = {"job_state": "R", "resources_used": {"walltime": "00:01:00"}, "Resource_List": {"walltime": "01:00:00"}}
     (here.out / "qstat").write_text(json.dumps({"Jobs": {"7.server": job}}))
-    assert "job 7.server: RUNNING, 00:01:00 of 01:00:00" in run(commands.status, "pbs-run").output
-    assert run(commands.cancel, "pbs-run").output == "cancelled: 7.server\n"
+    assert "job 7.server: RUNNING, 00:01:00 of 01:00:00" in run(commands.status, "pbs-run").stdout
+    assert run(commands.cancel, "pbs-run").stdout == "cancelled: 7.server\n"
     assert here.calls("qdel") == [["7.server"]]
     (here.out / "qstat").write_text(json.dumps({"Jobs": {"7.server": {"job_state": "F", "Exit_status": -29}}}))
-    assert "FINISHED (exit status -29)" in run(commands.status, "pbs-run").output
+    assert "FINISHED (exit status -29)" in run(commands.status, "pbs-run").stdout
     submit("--chain", "2", "--name", "chain", site="generic-pbs")
     assert here.calls("qsub")[-1] == [
         *("-W", "depend=afterany:7.server", "-v", "CHAIN_LINK"),

@@ -4,6 +4,7 @@ import difflib
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def test_a_slurm_script_is_the_template_with_values(monkeypatch: pytest.MonkeyPa
         assert line in changes, line
     own = r"#SBATCH -.+|[A-Z_]+=\$\{[A-Z_]+-.*|  \S+=.*|  module .*|'\}"
     assert [line for line in changes if not re.fullmatch(own, line)] == []
+
+
+@pytest.mark.parametrize(
+    ("site", "with_cores", "without"),
+    [
+        ("generic-slurm", "#SBATCH --cpus-per-task=32", "#SBATCH --cpus-per-task=1"),
+        ("generic-pbs", "select=2:ncpus=64:mpiprocs=2:ompthreads=32", "select=2:ncpus=2:mpiprocs=2:ompthreads=1"),
+    ],
+)
+def test_a_generic_site_is_told_its_cores(site: str, with_cores: str, without: str) -> None:
+    request = Request("demo", SYNTHETIC, 2, ranks_per_node=2, cores=64)
+    script = prepare(request, load_site(site)).script
+    assert with_cores in script and "  train.threads=32\n" in script
+    script = prepare(replace(request, cores=None), load_site(site)).script
+    assert without in script and "train.threads" not in script
 
 
 def test_a_pbs_script_is_the_template_with_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
