@@ -90,7 +90,7 @@ def _options(threads: int) -> tf.data.Options:
     return options
 
 
-def _crop_resize_normalize(blob: Any) -> Any:
+def _decode_and_crop(blob: Any) -> Any:
     shape = tf.io.extract_jpeg_shape(blob)
     begin, size, _ = tf.image.sample_distorted_bounding_box(
         shape,
@@ -101,7 +101,11 @@ def _crop_resize_normalize(blob: Any) -> Any:
         use_image_if_no_bounding_boxes=True,
     )
     box = tf.concat([begin[:2], size[:2]], 0)
-    pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
+    return tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
+
+
+def _crop_resize_normalize(blob: Any) -> Any:
+    pixels = _decode_and_crop(blob)
     image = tf.image.resize(pixels, [SIZE, SIZE])
     image = tf.image.random_flip_left_right(image)
     # Constants as large as an image, which is faster than the usual three numbers.
@@ -135,17 +139,7 @@ def bare(folder: Path, threads: int, resize: bool) -> Iterator[Any]:
     blobs = reader.read(range(min(1000, reader.num_records)))
 
     def decode(blob: Any) -> Any:
-        shape = tf.io.extract_jpeg_shape(blob)
-        begin, size, _ = tf.image.sample_distorted_bounding_box(
-            shape,
-            tf.constant([0.0, 0.0, 1.0, 1.0], shape=[1, 1, 4]),
-            aspect_ratio_range=[0.75, 1.33],
-            area_range=[0.08, 1.0],
-            max_attempts=10,
-            use_image_if_no_bounding_boxes=True,
-        )
-        box = tf.concat([begin[:2], size[:2]], 0)
-        pixels = tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
+        pixels = _decode_and_crop(blob)
         return tf.reduce_sum(tf.image.resize(pixels, [SIZE, SIZE])[0]) if resize else tf.shape(pixels)
 
     dataset = tf.data.Dataset.from_tensor_slices(blobs).repeat().map(decode, num_parallel_calls=threads)

@@ -11,24 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpctrain.errors import UserError, nearest
-from hpctrain.yaml_file import StrictLoader, explain, read_yaml
+from hpctrain.yaml_file import Section, StrictLoader, explain, read_yaml
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false are for switches only")
-        return value
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     path: str | None = Field(None, description="directory with train/ and, for evaluation, val/")
     staged: str | None = Field(None, description="node-local directory whose shards are read first (`data stage`)")
     augmentation: Literal["none", "weak", "heavy"] = Field(
@@ -48,14 +37,14 @@ class DataConfig(_Section):
     )
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     name: str = Field(description="a model of `hpctrain.models`, or package.module:function of your own")
     num_classes: int | None = Field(None, gt=0, description="size of the output layer; the data set's when unset")
     image_size: int = Field(224, gt=0, description="side of the square input in pixels")
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the model's function")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     global_batch: int = Field(gt=0, description="images a step, over all ranks")
     micro_batch: int = Field(gt=0, description="images that go through the network together: the batch-norm group")
     epochs: float = Field(gt=0, description="passes over the data set; the schedule spans them")
@@ -71,7 +60,7 @@ class TrainConfig(_Section):
     bucket_mb: float = Field(4.0, gt=0, description="megabytes of gradients that are reduced in one piece")
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     name: str = Field("lars", description="lars, sgd or lamb")
     learning_rate: float = Field(gt=0, description="peak rate, for the global batch as it is")
     momentum: float = Field(0.9, ge=0, lt=1, description="share of the last update that the next one starts from")
@@ -82,7 +71,7 @@ class OptimizerConfig(_Section):
     )
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     name: str = Field("poly", description="poly, step, cosine or constant")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the rate rises linearly to its peak")
     power: float = Field(2.0, gt=0, description="of poly")
@@ -92,23 +81,23 @@ class ScheduleConfig(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the schedule")
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every_steps: int | None = Field(None, gt=0, description="write one each so many steps; once an epoch when unset")
     keep: int = Field(2, gt=0, description="the newest so many are kept")
     stop_margin_seconds: float = Field(120.0, ge=0, description="how long before the job's end the run stops by itself")
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     every_epochs: float = Field(1.0, gt=0, description="a run also ends with an evaluation")
     micro_batch: int | None = Field(None, gt=0, description="images at a time; train.micro_batch when unset")
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     every_steps: int = Field(10, gt=0, description="a line on the log each so many steps; metrics.jsonl has every step")
     tensorboard: bool = Field(True, description="write TensorBoard event files too")
 
 
-class Config(_Section):
+class Config(Section):
     name: str = Field(description="name of the recipe or run")
     description: str = Field("", description="what it is for")
     source: str = Field("", description="where its numbers come from")
@@ -225,7 +214,7 @@ def _text_keys() -> set[str]:
 
 def _fields_of(section: str) -> dict[str, Any]:
     annotation = Config.model_fields[section].annotation
-    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, _Section) else {}
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, Section) else {}
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from hpctrain.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    """A mapping in such a file: no keys but its own, no infinite numbers, and `true` is not 1."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are for switches only")
+        return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

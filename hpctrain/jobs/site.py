@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 from hpctrain.errors import UserError, nearest
-from hpctrain.yaml_file import explain, read_yaml
+from hpctrain.yaml_file import Section, explain, read_yaml
 
 Scheduler = Literal["slurm", "pbs", "local"]
 Launcher = Literal["srun", "mpirun", "mpiexec.hydra", "mpiexec-pals", "ibrun", "aprun"]
@@ -67,15 +64,8 @@ Select = Annotated[
 Word = Annotated[str, _text(r"[A-Za-z0-9=,:+.-]+", "an option of numactl such as --preferred=1")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false are for switches only")
-        return value
+class _Part(Section):
+    model_config = ConfigDict(frozen=True)
 
 
 class Network(_Part):
