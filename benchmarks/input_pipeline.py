@@ -104,6 +104,10 @@ def _decode_and_crop(blob: Any) -> Any:
     return tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
 
 
+def _decode(blob: Any) -> Any:
+    return tf.io.decode_jpeg(blob, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
+
+
 def _crop_resize_normalize(blob: Any) -> Any:
     pixels = _decode_and_crop(blob)
     image = tf.image.resize(pixels, [SIZE, SIZE])
@@ -133,13 +137,13 @@ def tfrecords(folder: Path, threads: int) -> Iterator[Any]:
     return iter(dataset.batch(BATCH, drop_remainder=True).prefetch(2).with_options(_options(threads)))
 
 
-def bare(folder: Path, threads: int, resize: bool) -> Iterator[Any]:
-    """Decode and crop, and resize if so: nothing is read, nothing made into batches."""
+def bare(folder: Path, threads: int, crop: bool, resize: bool) -> Iterator[Any]:
+    """Decode all of an image or a crop, and resize if so: nothing is read, nothing made into batches."""
     reader = ShardReader(folder / "jpeg" / "train")
     blobs = reader.read(range(min(1000, reader.num_records)))
 
     def decode(blob: Any) -> Any:
-        pixels = _decode_and_crop(blob)
+        pixels = _decode_and_crop(blob) if crop else _decode(blob)
         return tf.reduce_sum(tf.image.resize(pixels, [SIZE, SIZE])[0]) if resize else tf.shape(pixels)
 
     dataset = tf.data.Dataset.from_tensor_slices(blobs).repeat().map(decode, num_parallel_calls=threads)
@@ -161,8 +165,9 @@ def main() -> None:
         "jpeg shards": lambda: shards(arguments.work / "jpeg" / "train", arguments.threads),
         "raw shards": lambda: shards(arguments.work / "raw" / "train", arguments.threads),
         "tfrecord": lambda: tfrecords(arguments.work, arguments.threads),
-        "bare decode, crop": lambda: bare(arguments.work, arguments.threads, resize=False),
-        "bare decode, crop, resize": lambda: bare(arguments.work, arguments.threads, resize=True),
+        "bare decode": lambda: bare(arguments.work, arguments.threads, crop=False, resize=False),
+        "bare decode, crop": lambda: bare(arguments.work, arguments.threads, crop=True, resize=False),
+        "bare decode, crop, resize": lambda: bare(arguments.work, arguments.threads, crop=True, resize=True),
     }
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(arguments.rounds):
@@ -176,6 +181,7 @@ def main() -> None:
     # Ratios are taken within each round, as other work on the machine changes from one to the next.
     ratios = {
         "jpeg shards / tfrecord": ("jpeg shards", "tfrecord"),
+        "jpeg shards / bare decode": ("jpeg shards", "bare decode"),
         "jpeg shards / bare decode, crop": ("jpeg shards", "bare decode, crop"),
         "jpeg shards / bare decode, crop, resize": ("jpeg shards", "bare decode, crop, resize"),
         "raw shards / jpeg shards": ("raw shards", "jpeg shards"),

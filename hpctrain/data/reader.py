@@ -5,7 +5,6 @@ import math
 import os
 import threading
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,10 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hpctrain.data.checksum import crc32
 from hpctrain.data.manifest import Manifest, ShardEntry, split_directory
 from hpctrain.data.shard import INDEX_TYPES, DataError, array_layout, index_checksum, index_problem
 
 _MAX_BUFFERS = 256  # that one preadv fills; systems take 1,024
+_ALIGNMENT = 64  # bytes
 _MAX_READ_BYTES = 64 << 20  # of one pread; longer runs of records are read in several
 # What busy parallel file systems answer now and then, and what a second try usually cures.
 _PASSING_ERRORS = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.EINTR}
@@ -129,7 +130,7 @@ class ShardReader:
         Otherwise as `read`.
         """
         wanted = self._checked(records)
-        pixels = np.empty((len(wanted), *self.image_shape), np.uint8)
+        pixels = _aligned((len(wanted), *self.image_shape))
         rows = pixels.reshape(len(wanted), math.prod(self.image_shape))
         order = np.argsort(wanted, kind="stable")
         in_order = wanted[order]
@@ -173,7 +174,7 @@ class ShardReader:
     def checksums_ok(self, records: ArrayLike, blobs: Sequence[Buffer]) -> NDArray[np.bool_]:
         """Return bool[n]: whether each of the given bytes matches the checksum of its record."""
         expected = self._gather(records, "checksums")
-        found = np.fromiter((zlib.crc32(blob) for blob in blobs), np.uint32, len(blobs))
+        found = np.fromiter((crc32(blob) for blob in blobs), np.uint32, len(blobs))
         return np.asarray(found == expected)
 
     def name(self, record: int) -> str:
@@ -376,6 +377,14 @@ class _OpenFile:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+def _aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return an array that begins where TensorFlow wants it to: it then takes the array over, and copies others."""
+    num_bytes = math.prod(shape)
+    buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    first = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[first : first + num_bytes].reshape(shape)
 
 
 def _load_index(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hpctrain.data.augment import Boxes
 from hpctrain.data.decode import PADDING_GRAY, PADDING_SIZE, padding_jpeg
+from hpctrain.data.heap import keep_freed_memory
 from hpctrain.data.reader import ShardReader
 from hpctrain.data.shard import DataError
 
@@ -43,6 +44,7 @@ class RecordSource:
 
         `images` are the bytes of k JPEG files, or uint8[k, height, width, 3] where they are raw.
         """
+        keep_freed_memory()
         readers = ThreadPoolExecutor(self.read_ahead_batches, "read")
         loading: deque[Future[tuple[Any, ...]]] = deque()
         try:

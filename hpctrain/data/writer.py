@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import tempfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpctrain.data.atomic import make_folder, publish, remove_temporaries, temporary_path
+from hpctrain.data.checksum import crc32
 from hpctrain.data.hdf5 import inspect_shard, write_hdf5
 from hpctrain.data.images import ImageError, jpeg_header
 from hpctrain.data.manifest import Manifest, ShardEntry
@@ -66,7 +66,7 @@ class ShardBuilder:
         except OSError as error:
             raise UserError(f"cannot write to {self.path.parent}: {error.strerror}") from error
         self._offsets.append(self._offsets[-1] + len(record.blob))
-        self._rows.append((record.label, zlib.crc32(record.blob), record.height, record.width))
+        self._rows.append((record.label, crc32(record.blob), record.height, record.width))
         self._names.append(os.fsencode(record.name)[-MAX_NAME_BYTES:])
 
     def finish(self, attributes: Mapping[str, str | int] | None = None) -> ShardEntry:

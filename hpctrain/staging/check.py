@@ -1,13 +1,13 @@
 """Whether a shard file is what the manifest says: size, index, and, if asked, every record. Does not decode images."""
 
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.data.checksum import crc32
 from hpctrain.data.manifest import Manifest
 from hpctrain.data.shard import INDEX_TYPES, array_layout, index_checksum, index_problem
 
@@ -39,7 +39,7 @@ def shard_problem(path: Path, manifest: Manifest, number: int, records: bool) ->
         if problem or not records:
             return f"its index is wrong: {problem}" if problem else None
         names = array("names")
-        if zlib.crc32(names.tobytes()) != entry.names_checksum:
+        if crc32(names.tobytes()) != entry.names_checksum:
             return "its source files' names do not match dataset.json"
         if not np.array_equal(array("ids"), entry.first_record + np.arange(entry.num_records)):
             return "its record numbers are wrong"
@@ -62,7 +62,7 @@ def _first_bad_record(
         content = memoryview(_pread(descriptor, int(offsets[last]) - begin, data_offset + begin))
         for record in range(first, last):
             piece = content[int(offsets[record]) - begin : int(offsets[record + 1]) - begin]
-            if zlib.crc32(piece) != checksums[record]:
+            if crc32(piece) != checksums[record]:
                 return record
         first = last
     return None
