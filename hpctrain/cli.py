@@ -22,6 +22,18 @@ class _Verbs(click.Group):
             "submit": ("hpctrain.jobs.commands", "submit", "Submit a training job to a site's batch system."),
             "status": ("hpctrain.jobs.commands", "status", "Show jobs, and how far their runs are."),
             "cancel": ("hpctrain.jobs.commands", "cancel", "Cancel the jobs of a run."),
+            "doctor": (
+                "hpctrain.doctor.commands",
+                "doctor",
+                "Check installation, launch and nodes; name the odd one out.",
+            ),
+            "supervise": (
+                "hpctrain.supervise.commands",
+                "supervise",
+                "Run a job inside an allocation and relaunch it without nodes that failed.",
+            ),
+            "study": ("hpctrain.scaling.study.commands", "study", "Measure how a recipe scales over node counts."),
+            "predict": ("hpctrain.scaling.performance.commands", "predict", "Predict the time of a recipe on nodes."),
             "templates": ("hpctrain.jobs.commands", "templates", "Copy the job templates, to edit and submit by hand."),
         }
 
@@ -238,19 +250,6 @@ def show_site(site: str) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def doctor(as_json: bool) -> None:
-    """Check this installation and launch: versions, MPI, Horovod, threads, binding. Runs under mpirun and srun too."""
-
-    def main() -> int:
-        from hpctrain.parallel.doctor import examine
-
-        return examine(as_json)
-
-    _run_rank(main)
-
-
-@cli.command()
 @click.argument("run_dirs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_DIR...")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for report.md and its plots.")
 def report(run_dirs: tuple[Path, ...], out: Path) -> None:
@@ -263,7 +262,7 @@ def report(run_dirs: tuple[Path, ...], out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100)
     for run_dir in run_dirs:
         console.print(summary_table(run_dir))
-    click.echo(f"report: {path}")
+    click.echo(f"report: {path} and {path.with_suffix('.html').name}")
 
 
 def _run_rank(main: Any) -> None:
