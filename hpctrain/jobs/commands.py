@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--site", "site_name", required=True, help="A name from `hpctrain sites`, or a YAML file.")
 @click.option("--nodes", type=click.IntRange(min=1), required=True, help="Nodes of the job.")
+@click.option(
+    "--spare-nodes",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Further nodes, for those that fail: the run goes on with them inside the job.",
+)
 @click.option("--time", "walltime", default="01:00:00", show_default=True, metavar="HH:MM:SS", help="Walltime.")
 @click.option("--account", help="Whose hours are used.")
 @click.option("--partition", help="Partition (Slurm) or queue (PBS); default: the site's.")
@@ -47,6 +54,7 @@ def submit(
     overrides: tuple[str, ...],
     site_name: str,
     nodes: int,
+    spare_nodes: int,
     walltime: str,
     account: str | None,
     partition: str | None,
@@ -94,6 +102,7 @@ def submit(
         requeue=requeue if requeue is not None else (0 if chain > 1 else 20),
         stage=stage,
         stage_env=stage_env,
+        spare_nodes=spare_nodes,
     )
     job = prepare(request, site)
     if site.scheduler == "local":
@@ -109,7 +118,11 @@ def submit(
         )
     if after is not None and not SCHEDULERS[site.scheduler].JOB.fullmatch(after):
         raise UserError(f"--after is {after!r}; expected a job id as {site.scheduler} prints it")
+    if job.refusal is not None and not dry_run:
+        raise UserError(job.refusal)
     if dry_run:
+        if job.refusal is not None:
+            click.echo(f"warning: submit will refuse this job: {job.refusal}", err=True)
         click.echo(job.script, nl=False)
         return 0
     _submit(job, site.scheduler, after, bounds, chain)
@@ -119,11 +132,9 @@ def submit(
 def _submit(
     job: "Submission", scheduler_name: str, after: str | None, array: tuple[int, int] | None, chain: int
 ) -> None:
-    from hpctrain.data.atomic import make_folder, write_file
     from hpctrain.jobs.records import JobRecord, append_record, read_records
-    from hpctrain.jobs.render import setting_names
     from hpctrain.jobs.schedulers import SCHEDULERS
-    from hpctrain.jobs.submission import log_path
+    from hpctrain.jobs.submission import log_path, write_script
 
     scheduler = SCHEDULERS[scheduler_name]()
     earlier = [record.job for record in read_records(job.run_dir) if record.scheduler == scheduler_name]
@@ -133,14 +144,7 @@ def _submit(
             f"job {busy[0].job} of the run {job.run_dir} is {busy[0].word}, and two jobs must not write one run; "
             "cancel it, wait for it with --after, or give another --name or --run-dir"
         )
-    make_folder(job.run_dir.parent / "logs")  # Slurm makes no folders for logs: the job would fail without a word
-    make_folder(job.run_dir)
-    script = job.run_dir / job.script_name
-    try:
-        write_file(script, job.script.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {script}: {error.strerror}; give another --run-dir") from None
-    hidden = {*setting_names(job.script), "REQUEUES", "ARRAY_INDEX", "CHAIN_LINK"}
+    script, hidden = write_script(job)
     for link in range(1, chain + 1):
         options = scheduler.after(after, any_end=link > 1) if after else []
         options += scheduler.array(*array) if array else []
@@ -207,7 +211,7 @@ def _job_lines(run_dir: Path) -> list[str]:
     arrays: dict[str, Counter[str]] = {}
     single = []
     for state in states:
-        if "_" in state.job:
+        if re.match(r"\d+_", state.job):  # one job of a Slurm array
             arrays.setdefault(state.job.split("_")[0], Counter())[state.word] += 1
         else:
             single.append(state)

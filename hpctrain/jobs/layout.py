@@ -44,15 +44,12 @@ def layout(site: Site, nodes: int, ranks_per_node: int | None = None, cores: int
     ranks than sockets, and then a rank has whole ones. A launcher that counts cores from the first one on comes to the
     same only when no core is left over between sockets, so a number of ranks that would leave some is refused.
 
-    Raises UserError for more nodes than there are, for more ranks than cores, and for ranks that do not divide over
-    the sockets and their cores.
+    How many nodes there are is not asked here: that is a limit of the site like others, which site.partition_for knows.
+    Raises UserError for more ranks than cores, and for ranks that do not divide over the sockets and their cores.
     """
     per_node = site.ranks_per_node if ranks_per_node is None else ranks_per_node
     if nodes < 1:
-        raise UserError(f"nodes is {nodes}; expected 1 to {site.nodes:,}, which is what {site.name} has")
-    if nodes > site.nodes:
-        has = "1 node" if site.nodes == 1 else f"{site.nodes:,} nodes"
-        raise UserError(f"{site.name} has {has}, not {nodes:,}; ask for fewer, or set nodes in a profile of your own")
+        raise UserError(f"nodes is {nodes}; expected 1 or more")
     if per_node < 1:
         raise UserError(f"ranks_per_node is {per_node}; expected 1 or more")
     if cores is not None and cores < 1:
@@ -150,14 +147,18 @@ def _mpirun(site: Site, plan: Layout) -> list[str]:
     if site.node.nominal:
         # Which cores are ours is not known: bound from the first one on, two jobs on a node would share one core and
         # leave the others idle. `hpctrain train` shares out the cores it may use among the ranks of a host itself.
-        place = [] if site.scheduler == "local" else ["--map-by", f"ppr:{plan.ranks_per_node}:node"]
-        return [*words, *place, "--bind-to", "none"]
+        # Locally all "nodes" are this machine, and may have more ranks than it has cores.
+        place = ":OVERSUBSCRIBE" if site.scheduler == "local" else f"ppr:{plan.ranks_per_node}:node"
+        return [*words, "--map-by", place, "--bind-to", "none"]
     cores = f"ppr:{plan.ranks_per_node}:node:PE={plan.bound_cores_per_rank}"
     return [*words, "--map-by", cores, "--bind-to", "core"]
 
 
 def _hydra(site: Site, plan: Layout) -> list[str]:
-    words = ["mpiexec.hydra", "-n", str(plan.ranks), "-ppn", str(plan.ranks_per_node)]
+    words = ["mpiexec.hydra", "-n", str(plan.ranks)]
+    words += [] if site.scheduler == "local" else ["-ppn", str(plan.ranks_per_node)]
+    if site.node.nominal:
+        return [*words, "-genv", "I_MPI_PIN", "off"]  # as with mpirun
     # The size of a domain is in logical processors; compact makes them whole neighboring cores.
     return [*words, "-genv", "I_MPI_PIN_DOMAIN", f"{plan.cpus_per_task}:compact"]
 

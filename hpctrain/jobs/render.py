@@ -26,6 +26,7 @@ _NO_LINE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 # What may stand in a directive, where there is no quoting to rely on.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+PBS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+,-]*")
 WALLTIME = re.compile(r"(\d{1,4}):([0-5]\d):([0-5]\d)")
 _PATH = re.compile(r"[^\x00-\x1f\x7f\x85\u2028\u2029\"'\\%`$]+")

@@ -1,13 +1,12 @@
 """Slurm and PBS as programs on the PATH: submit, ask, cancel."""
 
-import json
 import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from hpctrain.errors import UserError
 
@@ -112,14 +111,13 @@ _SLURM_ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
 class Pbs:
     """qsub, qstat, qdel of OpenPBS and PBS Professional."""
 
-    JOB = re.compile(r"\d+(?:\[\d*\])?(?:\.[A-Za-z0-9.-]+)?")
+    JOB = re.compile(r"\d+(?:\[\d*\])?(?:\.[A-Za-z0-9._-]+)?")
 
     def submit(self, script: Path, options: Sequence[str], variables: Mapping[str, str], hidden: Iterable[str]) -> str:
         """See Scheduler. qsub passes its environment on only where a directive -V asks for it."""
-        named = (
-            ["-v", ",".join(variables)] if variables else []
-        )  # names only: qsub takes the values from its environment
-        output = _call(["qsub", *options, *named, str(script)], _environ(hidden) | dict(variables))
+        # Names alone might get their values from the environment of a qsub that has stayed in the background.
+        given = ["-v", ",".join(f"{name}={value}" for name, value in variables.items())] if variables else []
+        output = _call(["qsub", *options, *given, str(script)], _environ(hidden))
         job = output.strip().splitlines()[-1] if output.strip() else ""
         if not self.JOB.fullmatch(job):
             raise UserError(f"qsub answered {output.strip()!r} instead of a job id; look at qstat before trying again")
@@ -134,35 +132,54 @@ class Pbs:
         return ["-J", f"{first}-{last}"]
 
     def states(self, jobs: Sequence[str]) -> list[JobState]:
-        """See Scheduler. Ended jobs are known where the server keeps a history (-x)."""
-        text = _try(["qstat", "-x", "-f", "-F", "json", *jobs]) or _try(["qstat", "-f", "-F", "json", *jobs])
-        try:
-            listed: dict[str, dict[str, Any]] = json.loads(text or "{}").get("Jobs", {})
-        except ValueError:
-            raise UserError(
-                "qstat -f -F json did not answer with JSON; this needs PBS Professional or OpenPBS"
-            ) from None
+        """See Scheduler. Ended jobs are known where the server keeps a history (-x), which it does not by default."""
+        # Not as JSON: some versions print some variables of jobs so that it is none.
+        known = _pbs_facts(_run(["qstat", "-x", "-f", *jobs]).stdout)
+        if not known:
+            done = _run(["qstat", "-f", *jobs])
+            if done.returncode and not _only(done.stderr, _PBS_UNKNOWN):
+                raise UserError(_refusal("qstat", done))
+            known = _pbs_facts(done.stdout)
         found = []
         for job in jobs:
-            facts = listed.get(job) or next(
-                (f for key, f in listed.items() if key.split(".")[0] == job.split(".")[0]), None
-            )
+            facts = next((facts for name, facts in known.items() if name.split(".")[0] == job.split(".")[0]), None)
             if facts is None:
                 continue
-            letter = str(facts.get("job_state", "?"))
+            letter = facts.get("job_state", "?")
             word, active = _PBS_STATES.get(letter, letter), letter not in "FX"
             if letter == "F":
                 word += f" (exit status {facts['Exit_status']})" if "Exit_status" in facts else " (never started)"
-            elapsed = str(facts.get("resources_used", {}).get("walltime", ""))
-            limit = str(facts.get("Resource_List", {}).get("walltime", ""))
-            found.append(
-                JobState(job, word, active, elapsed, limit, str(facts.get("comment", "")) if letter in "QH" else "")
-            )
+            reason = facts.get("array_state_count" if letter == "B" else "comment" if letter in "QHW" else "", "")
+            elapsed, limit = facts.get("resources_used.walltime", ""), facts.get("Resource_List.walltime", "")
+            found.append(JobState(job, word, active, elapsed, limit, reason.strip()))
         return found
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """See Scheduler."""
-        _call(["qdel", *jobs])
+        # The last one first: else the next of a chain would start when the one before it ends.
+        done = _run(["qdel", *reversed(jobs)])
+        if done.returncode and not _only(done.stderr, _PBS_UNKNOWN):  # some may have ended just now
+            raise UserError(_refusal("qdel", done))
+
+
+_PBS_UNKNOWN = ("Unknown Job Id", "Job has finished")
+
+
+def _pbs_facts(printed: str) -> dict[str, dict[str, str]]:
+    """Return what `qstat -f` has printed: attributes by name, by job."""
+    jobs: dict[str, dict[str, str]] = {}
+    facts: dict[str, str] = {}
+    for line in printed.replace("\n\t", "").splitlines():  # long lines are broken
+        if line.startswith("Job Id: "):
+            facts = jobs[line.removeprefix("Job Id: ").strip()] = {}
+        elif match := re.fullmatch(r" {4}([A-Za-z_.]+) = (.*)", line):
+            facts.setdefault(match[1], match[2])
+    return jobs
+
+
+def _only(words: str, expected: Sequence[str]) -> bool:
+    """Return whether every line of a program's complaints holds one of the expected ones."""
+    return all(any(part in line for part in expected) for line in words.splitlines() if line.strip())
 
 
 _PBS_STATES = {
@@ -185,10 +202,10 @@ def _environ(hidden: Iterable[str]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in names}
 
 
-def _call(command: Sequence[str], environ: Mapping[str, str] | None = None) -> str:
-    """Return what a program prints, or raise UserError with its own words."""
+def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    """Return how a program ended and what it printed. Raises UserError if it is not there or does not answer."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, env=environ, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
         )
     except FileNotFoundError:
@@ -197,9 +214,18 @@ def _call(command: Sequence[str], environ: Mapping[str, str] | None = None) -> s
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within {_PATIENCE_SECONDS} s; try again later") from None
+
+
+def _refusal(program: str, done: "subprocess.CompletedProcess[str]") -> str:
+    words = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+    return f"{program} refused: {words}"
+
+
+def _call(command: Sequence[str], environ: Mapping[str, str] | None = None) -> str:
+    """Return what a program prints, or raise UserError with its own words."""
+    done = _run(command, environ)
     if done.returncode:
-        words = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise UserError(f"{command[0]} refused: {words}")
+        raise UserError(_refusal(command[0], done))
     return done.stdout
 
 

@@ -187,30 +187,39 @@ _PARTS: dict[str, type[_Part]] = {
 }
 
 
-def partition_for(site: Site, nodes: int, seconds: int, partition: str | None = None) -> str | None:
-    """Return the partition (queue) for a job: the one named, the site's default, or else the first whose limits fit.
+def partition_for(site: Site, nodes: int, seconds: int, partition: str | None = None) -> tuple[str | None, str | None]:
+    """Return the partition (queue) for a job, and what is wrong with it: a sentence where the job is beyond the limits.
 
-    A named one that the profile does not list is taken as it is. None means that the profile names none, and that the
-    batch system's own default is right. Raises UserError when the job is beyond the limits that the profile knows.
+    The partition is the one named, the site's default, or else the first whose limits fit. If none does it is the one
+    that is least wrong: with the longest walltime of those that take so many nodes, else with the most nodes. A named
+    one that the profile does not list is taken as it is. None means that the profile names none, and that the batch
+    system's own default is right.
     """
     if partition is not None:
         wanted = [partition]
     else:
         wanted = list(dict.fromkeys([*([site.default_partition] if site.default_partition else []), *site.partitions]))
+    limits = {name: site.partitions.get(name, Partition()) for name in wanted}
+    most = {name: min(limit.max_nodes or site.nodes, site.nodes) for name, limit in limits.items()}
+    longest = {name: _seconds(limit.max_walltime or "9999:00:00") for name, limit in limits.items()}
+    wide_enough = [name for name in wanted if limits[name].min_nodes <= nodes <= most[name]]
     misfits = []
     for name in wanted:
-        limits = site.partitions.get(name, Partition())
-        most = limits.max_nodes or site.nodes
-        if not limits.min_nodes <= nodes <= most:
-            misfits.append(f"{name} takes {limits.min_nodes:,} to {most:,} nodes")
-        elif limits.max_walltime is not None and seconds > _seconds(limits.max_walltime):
-            misfits.append(f"{name} takes up to {limits.max_walltime}")
+        if name not in wide_enough:
+            misfits.append(f"{name} takes {limits[name].min_nodes:,} to {most[name]:,} nodes")
+        elif limits[name].max_walltime and seconds > longest[name]:
+            misfits.append(f"{name} takes up to {limits[name].max_walltime}")
         else:
-            return name
+            return name, None
+    room = longest if wide_enough else most
+    best = max(wide_enough or wanted, key=lambda name: room[name], default=None)
+    if nodes > site.nodes:
+        has = "1 node" if site.nodes == 1 else f"{site.nodes:,} nodes"
+        return best, f"{site.name} has {has}, not {nodes:,}; ask for fewer, or set nodes in a profile of your own"
     if misfits:
         job = f"{nodes:,} node{'s' * (nodes > 1)} for {seconds / 3600:.3g} h"
-        raise UserError(f"{job} is beyond the limits that {site.name} has: {'; '.join(misfits)}")
-    return None
+        return best, f"{job} is beyond the limits that {site.name} has: {'; '.join(misfits)}"
+    return None, None
 
 
 def _seconds(walltime: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpctrain.config import Config, find_recipe, load_config
+from hpctrain.data.atomic import make_folder, write_file
 from hpctrain.data.manifest import Manifest
 from hpctrain.errors import UserError
 from hpctrain.jobs import render
@@ -18,6 +19,8 @@ from hpctrain.jobs.templates import SUFFIXES, read_template
 # The batch system's signal comes this much before the time at which a run stops by itself.
 _SIGNAL_LEAD_SECONDS = 60
 _PBS_NAME_LENGTH = 15
+# What keeps a job alive when one of its nodes fails.
+_SURVIVE = {"slurm": "--no-kill", "pbs": "-W tolerate_node_failures=all"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Request:
     run_dir: Path | None = None
     array: bool = False
     requeue: int = 20
+    spare_nodes: int = 0  # beyond `nodes`, kept in reserve for those that fail
     stage: bool = False
     stage_env: Path | None = None
 
@@ -51,12 +55,17 @@ class Submission:
     script: str
     command: tuple[str, ...]  # the whole command on a local site
     variables: dict[str, str]  # that a local command needs
+    refusal: str | None = None  # why it is not to be submitted (too large or too long for the site): a sentence
 
 
 def prepare(request: Request, site: Site) -> Submission:
-    """Check a request and return its job, or raise UserError before any node-hour is spent. Writes nothing."""
+    """Check a request and return its job, or raise UserError before any node-hour is spent. Writes nothing.
+
+    A job that is only too large or too long for the site is returned all the same, and says so (`refusal`): its script
+    can be looked at.
+    """
     config = load_config(request.recipe, request.overrides)
-    cores = _cores_here() if site.scheduler == "local" and request.cores is None else request.cores
+    cores = _cores_of_a_part(request, site) if site.scheduler == "local" else request.cores
     plan = layout(site, request.nodes, request.ranks_per_node, cores)
     config.micro_batches_a_rank(plan.ranks)
     data = _check_data(config)
@@ -70,12 +79,15 @@ def prepare(request: Request, site: Site) -> Submission:
     recipe = str(find_recipe(request.recipe).absolute()) if _is_file(request.recipe) else request.recipe
     variables = environment(site, plan)
     launch = launch_arguments(site, plan)
+    if request.spare_nodes and (site.scheduler == "local" or site.launcher == "ibrun"):
+        raise UserError(f"{site.name} cannot start a run on some of a job's nodes only; leave --spare-nodes out")
     if site.scheduler == "local":
         paths = [f"data.path={data}"] * bool(data) + [f"data.partitions={config.data.partitions}"]
         command = [*launch, "hpctrain", "train", recipe, *paths, *overrides, "--run-dir", str(run_dir)]
         return Submission(name, run_dir, plan, "", "", tuple(command), variables)
 
-    seconds, partition = _check_limits(request, site, config)
+    seconds = _check_walltime(request, config)
+    partition, refusal = partition_for(site, request.nodes + request.spare_nodes, seconds, request.partition)
     settings: dict[str, str | render.Expanded] = {
         "RECIPE": render.one_line(recipe, "the recipe"),
         "RUN_DIR": str(run_dir),
@@ -86,6 +98,7 @@ def prepare(request: Request, site: Site) -> Submission:
         "VARIABLES": render.lines_value((f"{k}={v}" for k, v in variables.items()), "a variable"),
         "LAUNCH": _words(launch),
         "PARTITIONS": str(config.data.partitions),
+        "SPARE_NODES": str(request.spare_nodes),
         "MAX_REQUEUES": str(request.requeue),
         "STAGE_ENV": render.one_line(os.path.abspath(request.stage_env), "--stage-env") if request.stage_env else "",
     }
@@ -101,8 +114,25 @@ def prepare(request: Request, site: Site) -> Submission:
         settings["LOG_DIR"] = str(logs)
     values = directives(request, site, plan, name, partition, logs) | _signal(site, config, seconds)
     template = read_template(site.scheduler, "train")
-    script = render.render(template, site.scheduler, values, site.directives, settings)
-    return Submission(name, run_dir, plan, f"job{SUFFIXES[site.scheduler]}", script, (), {})
+    further = [*site.directives, *([_SURVIVE[site.scheduler]] if request.spare_nodes else [])]
+    script = render.render(template, site.scheduler, values, further, settings)
+    return Submission(name, run_dir, plan, f"job{SUFFIXES[site.scheduler]}", script, (), {}, refusal)
+
+
+def write_script(job: Submission) -> tuple[Path, set[str]]:
+    """Write a job's script into its run directory.
+
+    Returns its path and the variables that must not reach it from the environment of who submits it. Raises UserError
+    if it cannot be written.
+    """
+    make_folder(job.run_dir.parent / "logs")  # Slurm makes no folders for logs: the job would fail without a word
+    make_folder(job.run_dir)
+    script = job.run_dir / job.script_name
+    try:
+        write_file(script, job.script.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {script}: {error.strerror}; choose a place where you may write") from None
+    return script, {*render.setting_names(job.script), "REQUEUES", "ARRAY_INDEX", "CHAIN_LINK"}
 
 
 def knows_cores(request: Request, site: Site) -> bool:
@@ -120,7 +150,7 @@ def _slurm_directives(
 ) -> dict[str, str | None]:
     return {
         "--job-name": name,
-        "--nodes": str(plan.nodes),
+        "--nodes": str(plan.nodes + request.spare_nodes),
         "--ntasks-per-node": str(plan.ranks_per_node),
         "--cpus-per-task": str(plan.cpus_per_task),
         "--time": request.walltime,
@@ -137,7 +167,7 @@ def _pbs_directives(
     chunk = f"ncpus={cores}:mpiprocs={plan.ranks_per_node}:ompthreads={plan.threads_per_rank}"
     return {
         "-N": name,
-        "-l select": f"{plan.nodes}:{chunk}" + (f":{site.select}" if site.select else ""),
+        "-l select": f"{plan.nodes + request.spare_nodes}:{chunk}" + (f":{site.select}" if site.select else ""),
         "-l walltime": request.walltime,
         "-A": _account(request),
         "-q": partition,
@@ -159,8 +189,8 @@ def _account(request: Request) -> str | None:
     return render.checked(render.WORD, request.account, "the account", "letters, digits and ._@:+,-")
 
 
-def _check_limits(request: Request, site: Site, config: Config) -> tuple[int, str | None]:
-    """Check time and partition against what the profile knows; return the walltime in seconds and the partition."""
+def _check_walltime(request: Request, config: Config) -> int:
+    """Check walltime and partition as far as no profile is needed; return the walltime in seconds."""
     seconds = render.walltime_seconds(request.walltime)
     margin = config.checkpoint.stop_margin_seconds
     if seconds <= margin:
@@ -170,7 +200,7 @@ def _check_limits(request: Request, site: Site, config: Config) -> tuple[int, st
         )
     if request.partition is not None:
         render.checked(render.WORD, request.partition, "the partition", "letters, digits and ._@:+,-")
-    return seconds, partition_for(site, request.nodes, seconds, request.partition)
+    return seconds
 
 
 def _check_data(config: Config) -> Path | None:
@@ -192,15 +222,17 @@ def _check_data(config: Config) -> Path | None:
 
 def _job_name(given: str | None, config_name: str, scheduler: str) -> str:
     """Return the job's name. One that is made from the recipe's is cut to what old versions of PBS take."""
-    if given is None and scheduler == "pbs":
-        return render.checked(render.NAME, config_name[:_PBS_NAME_LENGTH], "the job's name", _NAME_EXPECTED)
-    name = render.checked(render.NAME, given or config_name, "the job's name", _NAME_EXPECTED)
-    if scheduler == "pbs" and len(name) > _PBS_NAME_LENGTH:
+    if scheduler != "pbs":
+        return render.checked(render.NAME, given or config_name, "the job's name", _NAME_EXPECTED)
+    name = given or config_name[:_PBS_NAME_LENGTH]
+    render.checked(render.PBS_NAME, name, "the job's name", _PBS_NAME_EXPECTED)
+    if len(name) > _PBS_NAME_LENGTH:
         raise UserError(f"the job's name {name!r} is longer than the {_PBS_NAME_LENGTH} characters that PBS takes")
     return name
 
 
 _NAME_EXPECTED = "letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+_PBS_NAME_EXPECTED = "letters, digits, dots, dashes and underscores, beginning with a letter, as PBS wants it"
 
 
 def _words(launch: Sequence[str]) -> str:
@@ -214,8 +246,10 @@ def _is_file(recipe: str) -> bool:
     return recipe.endswith((".yaml", ".yml")) or "/" in recipe
 
 
-def _cores_here() -> int:
-    return len(os.sched_getaffinity(0))
+def _cores_of_a_part(request: Request, site: Site) -> int:
+    """Return the cores of each of the `nodes` parts of this machine: equal shares, but one a rank at the least."""
+    cores = request.cores or len(os.sched_getaffinity(0))
+    return max(cores // request.nodes, request.ranks_per_node or site.ranks_per_node)
 
 
 def local_command_text(job: Submission) -> str:

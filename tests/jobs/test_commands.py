@@ -19,10 +19,17 @@ printf '%s\\n' "${0##*/}" "$@" "" >>"$OUT/calls"
 case ${0##*/} in
   sbatch) env >"$OUT/environment"; n=$(($(cat "$OUT/count" 2>/dev/null || echo 0) + 1)); echo $n >"$OUT/count"
     [[ ! -f $OUT/refuse ]] || { echo "sbatch: error: Invalid account" >&2; exit 1; }; echo "$((100 + n));cluster" ;;
-  qsub) env >"$OUT/environment"; echo 7.server ;;
+  qsub) env >"$OUT/environment"; [[ $* != *"-J 1-1 "* ]] || { echo "qsub: illegal -J value" >&2; exit 2; }
+    [[ $* == *-J* ]] && echo "7[].server" || echo 7.server ;;
+  qdel) [[ ! -f $OUT/qdel ]] || { cat "$OUT/qdel" >&2; exit 1; } ;;
   squeue) [[ $* != *--jobs=* ]] || cat "$OUT/squeue" 2>/dev/null || { echo "Invalid job id specified" >&2; exit 1; } ;;
   sacct) cat "$OUT/sacct" 2>/dev/null ;;
-  qstat) cat "$OUT/qstat" ;;
+  qstat) if [[ $1 == -x ]]; then
+      cat "$OUT/history" 2>/dev/null || { echo "qstat: job_history_enable is set to false" >&2; exit 1; }
+    else
+      cat "$OUT/qstat" 2>/dev/null || { echo "qstat: Unknown Job Id 7.server" >&2; exit 153; }
+    fi
+    [[ ! -f $OUT/complaint ]] || { cat "$OUT/complaint" >&2; exit 1; } ;;
 esac
 """
 
@@ -206,18 +213,58 @@ def test_pbs(here: Here) -> None:
     script = Path.cwd() / "runs" / "pbs-run" / "job.pbs"
     assert output.splitlines()[:2] == ["job: 7.server", f"log: {script.parent.parent}/logs/pbs-run-7.out"]
     assert here.calls("qsub") == [["-W", "depend=afterok:5.server", str(script)]]
-    job = {"job_state": "R", "resources_used": {"walltime": "00:01:00"}, "Resource_List": {"walltime": "01:00:00"}}
-    (here.out / "qstat").write_text(json.dumps({"Jobs": {"7.server": job}}))
+    running = "Job Id: 7.server\n    Job_Name = pbs-run\n    resources_used.walltime = 00:01:00\n    job_state = R\n"
+    running += "    Resource_List.wall\n\ttime = 01:00:00\n    Variable_List = A=x\n    job_state = F\n\n"
+    (here.out / "qstat").write_text(running)
+    (here.out / "complaint").write_text("qstat: Unknown Job Id 6.server\n")  # some are known, others not: it fails
     assert "job 7.server: RUNNING, 00:01:00 of 01:00:00" in run(commands.status, "pbs-run").stdout
     assert run(commands.cancel, "pbs-run").stdout == "cancelled: 7.server\n"
     assert here.calls("qdel") == [["7.server"]]
-    (here.out / "qstat").write_text(json.dumps({"Jobs": {"7.server": {"job_state": "F", "Exit_status": -29}}}))
-    assert "FINISHED (exit status -29)" in run(commands.status, "pbs-run").stdout
-    submit("--chain", "2", "--name", "chain", site="generic-pbs")
+    submit("--chain", "2", "--after", "7.server", "--name", "chain", site="generic-pbs")
     assert here.calls("qsub")[-1] == [
-        *("-W", "depend=afterany:7.server", "-v", "CHAIN_LINK"),
+        *("-W", "depend=afterany:7.server", "-v", "CHAIN_LINK=2"),
         str(script.parent.parent / "chain" / "job.pbs"),
     ]
+
+
+def test_pbs_without_a_history_forgets_jobs_and_with_one_knows_how_they_ended(here: Here) -> None:
+    submit("--name", "run", site="generic-pbs")
+    assert "job 7.server: no longer known to the scheduler" in run(commands.status, "run").stdout
+    (here.out / "history").write_text("Job Id: 7.server\n    job_state = F\n    Exit_status = 271\n")
+    assert "job 7.server: FINISHED (exit status 271)" in run(commands.status, "run").stdout
+    (here.out / "history").unlink()
+    (here.out / "qstat").write_text("")
+    (here.out / "complaint").write_text("qstat: cannot connect to server pbs (errno=15010)\n")
+    with pytest.raises(UserError, match="qstat refused: qstat: cannot connect to server"):
+        run(commands.status, "run")
+
+
+def test_an_array_of_pbs_and_a_server_with_an_underscore(here: Here) -> None:
+    assert "log: " in submit("--array", "1-3", "--name", "seeds", site="generic-pbs").stdout
+    assert here.calls("qsub")[-1][:2] == ["-J", "1-3"]
+    counts = "Queued:1 Running:1 Exiting:0 Expired:1 "
+    (here.out / "qstat").write_text(f"Job Id: 7[].server\n    job_state = B\n    array_state_count = {counts}\n")
+    assert f"job 7[].server: RUNNING ({counts.strip()})" in run(commands.status, "seeds").stdout
+    Path("runs/other").mkdir()
+    Path("runs/other/jobs.jsonl").write_text('{"scheduler": "pbs", "id": "8.pbs_server"}\n')
+    (here.out / "qstat").write_text("Job Id: 8.pbs_server\n    job_state = Q\n    comment = Not Running: no CPUs\n")
+    assert "job 8.pbs_server: QUEUED (Not Running: no CPUs)" in run(commands.status, "other").stdout
+
+
+def test_the_last_of_a_chain_is_cancelled_first_and_what_has_just_ended_does_not_matter(here: Here) -> None:
+    Path("runs/run").mkdir(parents=True)
+    lines = [json.dumps({"scheduler": "pbs", "id": f"{number}.server"}) for number in (7, 8)]
+    Path("runs/run/jobs.jsonl").write_text("\n".join(lines))
+    states = "".join(
+        f"Job Id: {number}.server\n    job_state = {letter}\n\n" for number, letter in ((7, "R"), (8, "H"))
+    )
+    (here.out / "qstat").write_text(states)
+    (here.out / "qdel").write_text("qdel: Job has finished 7.server\n")
+    assert run(commands.cancel, "run").stdout == "cancelled: 7.server 8.server\n"
+    assert here.calls("qdel") == [["8.server", "7.server"]]
+    (here.out / "qdel").write_text("qdel: Unauthorized Request  8.server\n")
+    with pytest.raises(UserError, match="qdel refused: qdel: Unauthorized Request"):
+        run(commands.cancel, "run")
 
 
 def test_a_local_job_runs_in_the_foreground_and_passes_its_exit_code_on(

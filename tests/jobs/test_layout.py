@@ -65,11 +65,7 @@ def test_threads_of_one_core_each_get_a_compute_thread_when_asked_for() -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 64, 2048])
 def test_every_profile_lays_out(name: str, nodes: int) -> None:
     profile = load_site(name)
-    if nodes > profile.nodes:
-        with pytest.raises(UserError, match=rf"^{name} has {profile.nodes:,} nodes?, not {nodes:,}; "):
-            layout(profile, nodes)
-        return
-    plan = layout(profile, nodes)
+    plan = layout(profile, nodes)  # whether or not there are so many
     assert plan.nodes == nodes and plan.ranks == nodes * profile.ranks_per_node
     words = [*launch_arguments(profile, plan), *environment(profile, plan), *environment(profile, plan).values()]
     assert all(word == shlex.quote(word) for word in words)  # nothing in them means anything to a shell
@@ -161,8 +157,7 @@ def test_cores_that_were_found_replace_those_of_the_profile() -> None:
 @pytest.mark.parametrize(
     ("keys", "arguments", "sentence"),
     [
-        ({}, (4001,), "test has 4,000 nodes, not 4,001; ask for fewer, or set nodes in a profile of your own"),
-        ({}, (0,), "nodes is 0; expected 1 to 4,000, which is what test has"),
+        ({}, (0,), "nodes is 0; expected 1 or more"),
         ({}, (1, 0), "ranks_per_node is 0; expected 1 or more"),
         ({}, (1, 1, 0), "cores is 0; expected the number of physical cores of a node"),
         (
@@ -203,7 +198,9 @@ def test_what_does_not_fit_is_said_in_a_sentence(keys: Any, arguments: Any, sent
         ("slurm", "srun", {}, "srun --nodes=3 --ntasks=6 --ntasks-per-node=2 --cpus-per-task=48 --cpu-bind=cores"),
         ("slurm", "mpirun", {}, "mpirun -n 6 --map-by ppr:2:node:PE=24 --bind-to core"),
         ("pbs", "mpirun", {"node": {"nominal": True}}, "mpirun -n 6 --map-by ppr:2:node --bind-to none"),
-        ("local", "mpirun", {"node": {"nominal": True}}, "mpirun -n 6 --bind-to none"),
+        ("local", "mpirun", {"node": {"nominal": True}}, "mpirun -n 6 --map-by :OVERSUBSCRIBE --bind-to none"),
+        ("local", "mpiexec.hydra", {"node": {"nominal": True}}, "mpiexec.hydra -n 6 -genv I_MPI_PIN off"),
+        ("pbs", "mpiexec.hydra", {"node": {"nominal": True}}, "mpiexec.hydra -n 6 -ppn 2 -genv I_MPI_PIN off"),
         ("pbs", "mpiexec.hydra", {}, "mpiexec.hydra -n 6 -ppn 2 -genv I_MPI_PIN_DOMAIN 48:compact"),
         ("pbs", "mpiexec-pals", {}, "mpiexec -n 6 --ppn 2 --depth=24 --cpu-bind depth"),
         ("slurm", "ibrun", {}, "ibrun"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hpctrain.errors import UserError
 from hpctrain.jobs import render
-from hpctrain.jobs.site import load_site, site_names
+from hpctrain.jobs.site import load_site
 from hpctrain.jobs.submission import Request, prepare
 from hpctrain.jobs.templates import copy_templates, read_template, template_files
 
@@ -99,21 +99,6 @@ def test_a_pbs_script_is_the_template_with_values(monkeypatch: pytest.MonkeyPatc
         assert line in changes, line
 
 
-@pytest.mark.parametrize("name", [name for name in site_names() if load_site(name).scheduler != "local"])
-def test_every_site_renders_from_1_to_2048_nodes(name: str, tmp_path: Path) -> None:
-    site = load_site(name)
-    sizes = [nodes for nodes in (1, 2, 64, 2048) if nodes <= site.nodes]
-    for nodes in sizes:
-        try:
-            script = prepare(Request("demo", SYNTHETIC, nodes, "01:00:00"), site).script
-        except UserError as error:  # a partition of this machine takes fewer
-            assert nodes > 2 and "beyond the limits" in str(error)
-            continue
-        pattern = rf"^#SBATCH --nodes={nodes}$" if site.scheduler == "slurm" else rf"^#PBS -l select={nodes}:"
-        assert re.search(pattern, script, re.MULTILINE)
-    check_shell(prepare(Request("demo", SYNTHETIC, sizes[0]), site).script, tmp_path)
-
-
 def setting_in_bash(script: str, name: str) -> str:
     block = script[script.index("# ---- settings") : script.index("# ---- end of settings")]
     done = subprocess.run(
@@ -194,6 +179,12 @@ def test_names_are_cut_or_refused_for_pbs() -> None:
     assert "#PBS -N resnet50-lars-3\n" not in read_template("pbs", "train")
     with pytest.raises(UserError, match="15 characters"):
         prepare(Request("demo", SYNTHETIC, 1, name="a-name-that-is-too-long"), site)
+    with pytest.raises(UserError, match="beginning with a letter, as PBS wants it"):
+        prepare(Request("demo", SYNTHETIC, 1, name="3rd-run"), site)
+    assert (
+        "--job-name=3rd-run"
+        in prepare(Request("demo", SYNTHETIC, 1, name="3rd-run"), load_site("generic-slurm")).script
+    )
 
 
 def test_too_few_shards_for_the_partitions(make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

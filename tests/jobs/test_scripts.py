@@ -5,6 +5,7 @@ On a real Slurm the same is tested in tests/slurm; here every branch of the scri
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -33,11 +34,20 @@ RECORDER = """#!/bin/bash
 printf '%s\\n' "${0##*/} $*" >>"$NOTES/calls"
 case ${0##*/}:$1 in
   scontrol:show) echo "JobState=${JOB_STATE:-RUNNING}" ;;
+  pbs_tmrsh:*) [[ $* != *true ]] || exit "${LOST:-0}"; exit "${TMRSH_CODE:-0}" ;;
+  srun:*) [[ $* != *true ]] || exit "${LOST:-0}" ;;
   scontrol:requeue) exit "${SCONTROL_CODE:-0}" ;;
   sbatch:*) printenv REQUEUES >"$NOTES/requeues"; echo 77 ;;
   qsub:*) printenv REQUEUES >"$NOTES/requeues"; echo 77.server ;;
-  qstat:*) echo "    Resource_List.walltime = 00:10:00" ;;
+  qstat:*) printf 'Job Id: %s\n' "$2"
+    printf '    %s\n' 'Job_Name = job' 'Account_Name = me' 'Resource_List.place = scatter'
+    printf '    Resource_List.select = 2:ncpus=1:mpipro\n\tcs=1:ompthreads=1\n'
+    printf '    %s\n' 'Resource_List.walltime = 00:10:00' 'Variable_List = PBS_O_HOME=/root' ;;
 esac
+"""
+HPCTRAIN = """#!/bin/bash
+printf '%s\\n' "$@" >"$NOTES/hpctrain"
+exit "${HPCTRAIN_CODE:-0}"
 """
 
 
@@ -81,8 +91,8 @@ def start(tmp_path: Path) -> Start:
     tools, out = home / "tools", home / "out"
     tools.mkdir(parents=True)
     out.mkdir()
-    programs = {"launcher": LAUNCHER, "hpctrain": "#!/bin/sh\n"}
-    programs |= dict.fromkeys(("scontrol", "squeue", "sbatch", "qsub", "qstat", "pbsdsh", "srun"), RECORDER)
+    programs = {"launcher": LAUNCHER, "hpctrain": HPCTRAIN}
+    programs |= dict.fromkeys(("scontrol", "squeue", "sbatch", "qsub", "qstat", "pbs_tmrsh", "srun"), RECORDER)
     for name, text in programs.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -91,22 +101,30 @@ def start(tmp_path: Path) -> Start:
     slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NAME": "job"}
     pbs = {"PBS_JOBID": "12.server", "PBS_JOBNAME": "job", "PBS_O_WORKDIR": str(home), "PBS_NODEFILE": str(nodes)}
 
-    def begin(scheduler: str, act: str, arguments: tuple[str, ...] = (), kind: str = "train", **variables: str) -> Job:
-        script = template_root() / scheduler / f"{kind}{SUFFIXES[scheduler]}"
-        environ: Mapping[str, str] = {
+    def begin(
+        scheduler: str,
+        act: str,
+        arguments: tuple[str, ...] = (),
+        kind: str = "train",
+        script: Path | None = None,
+        **variables: str | None,
+    ) -> Job:
+        script = script or template_root() / scheduler / f"{kind}{SUFFIXES[scheduler]}"
+        given: Mapping[str, str | None] = {
             "PATH": f"{tools}:/usr/bin:/bin",
             "HOME": str(tmp_path),
             "NOTES": str(out),
             "ACT": act,
             "LAUNCH": "launcher",
             "RUN_DIR": "runs/a run",
+            "LOG_DIR": "",
             **({"slurm": slurm, "pbs": pbs}[scheduler]),
             **variables,
         }
         process = subprocess.Popen(
             ["bash", script, *arguments],
-            env=environ,
-            cwd=home,
+            env={name: value for name, value in given.items() if value is not None},
+            cwd={"slurm": home, "pbs": tmp_path}[scheduler],  # PBS starts jobs in $HOME
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -161,6 +179,31 @@ def test_pbs_sigterm_saves_and_submits_nothing(start: Start) -> None:
     assert again("pbs", job) == []
 
 
+def test_pbs_ends_all_processes_of_a_job_at_once_and_that_is_no_crash(start: Start) -> None:
+    job = start("pbs", "wait", CHAIN_LINK="2")
+    job.wait_until_ready()
+    os.killpg(job.process.pid, signal.SIGTERM)  # the launcher dies of it
+    code, output = job.end()
+    assert code == 85 and again("pbs", job) == [], output
+    assert start("pbs", "exit:0", CHAIN_LINK="2").end()[0] == 0  # what PBS starts again goes on
+
+
+def test_pbs_runs_what_prepares_a_node_once_on_each_and_hears_of_failures(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "my work" / "nodes").write_text("alpha\nalpha\nbeta\nbeta\n")
+    job = start("pbs", "exit:0", STAGE_ENV="packed.tar", STAGE_DIR="/tmp/st age")
+    assert job.end()[0] == 0
+    staged = f"/tmp/st age/hpctrain-{os.getuid()}-a run"
+    made = [call for call in job.calls("pbs_tmrsh") if "mkdir" in call]
+    assert sorted(made) == [f"pbs_tmrsh {host} /bin/mkdir -p -- {staged}" for host in ("alpha", "beta")]
+    unpacked = [call for call in job.calls("pbs_tmrsh alpha") if "stage_env.py" in call]
+    folder = tmp_path / "my work"
+    assert len(unpacked) == 1 and unpacked[0].endswith(f"{folder}/stage_env.py {folder}/packed.tar {staged}/env")
+    assert len([call for call in job.calls("pbs_tmrsh") if call.endswith(f"rm -rf -- {staged}")]) == 2
+    job = start("pbs", "exit:0", STAGE_ENV="packed.tar", STAGE_DIR="/tmp/st age", TMRSH_CODE="3")
+    code, output = job.end()
+    assert code == 3 and "failed with exit code 3" in output
+
+
 @BOTH
 @pytest.mark.parametrize("code", [0, 1, 2, 137, 143])
 def test_what_finished_or_crashed_is_not_requeued(scheduler: str, code: int, start: Start) -> None:
@@ -210,12 +253,23 @@ def test_a_job_of_an_array_requeues_itself_alone(start: Start) -> None:
 
 
 def test_pbs_tells_the_next_job_what_this_one_was_told(start: Start) -> None:
-    job = start("pbs", "exit:85", DATA="/da ta")
+    awkward = '\n  model.name=it\'s \\ $(x), "y"\n'
+    job = start("pbs", "exit:85", DATA="/da ta", OVERRIDES=awkward, PBS_O_QUEUE="long")
     assert job.end()[0] == 85
     (call,) = job.calls("qsub")
-    assert "-W depend=afterany:12.server -v RUN_DIR,DATA,LAUNCH,REQUEUES,ARRAY_INDEX" in call
-    assert call.endswith("/.again.pbs") and job.lines("requeues") == ["1"]
+    asked = "-l select=2:ncpus=1:mpiprocs=1:ompthreads=1 -l place=scatter -l walltime=00:10:00 -N job -A me -q long"
+    assert f"-W depend=afterany:12.server {asked} -v REQUEUES=1 /" in call and call.endswith("/.again.pbs")
     assert '"id": "77.server"' in (job.run_dir / "jobs.jsonl").read_text()
+
+    (job.out / "launched").unlink()
+    script = job.run_dir / ".again.pbs"
+    for requeues in ("1", "2"):  # the further job, and the one that follows it
+        again = start("pbs", "exit:85", script=script, REQUEUES=requeues, OVERRIDES=None, DATA=None)
+        assert again.end()[0] == 85
+        words = ["hpctrain", "train", "demo", "data.path=/da ta", 'model.name=it\'s \\ $(x), "y"', "--run-dir"]
+        assert job.lines("launched") == [*words, str(job.run_dir)]
+        assert script.read_text().count("export DATA='/da ta' # told by qsub -v") == 1
+        (job.out / "launched").unlink()
 
 
 @BOTH
@@ -272,7 +326,7 @@ def test_open_mpi_under_pbs_is_told_hosts_variables_and_a_way_to_them(start: Sta
             'printf "%s\\n" "$@" >"$NOTES/launched"\n'
             '"$PRTE_MCA_plm_ssh_agent" -x beta echo "a b"\n'
             if name == "mpirun"
-            else '#!/bin/bash\nprintf "%s\\n" "$@" >"$NOTES/tmrsh"\n'
+            else '#!/bin/bash\n[[ $2 == /bin/true ]] || printf "%s\\n" "$@" >"$NOTES/tmrsh"\n'
         )
         (tools / name).chmod(0o755)
     job = start("pbs", "", LAUNCH="mpirun -n 2 -x OMP_NUM_THREADS", VARIABLES="A=1")
@@ -283,6 +337,44 @@ def test_open_mpi_under_pbs_is_told_hosts_variables_and_a_way_to_them(start: Sta
     exported = [word for before, word in itertools.pairwise(words) if before == "-x"]
     assert exported == ["PATH", "A", "HPCTRAIN_END_TIME", "OMP_NUM_THREADS"]  # the last was there already
     assert job.lines("tmrsh") == ["beta", "/bin/sh", "-c", "echo a b"]
+
+
+TMRSH = """#!/bin/bash
+# Like PBS's: in $HOME, with hardly any variables, on a node with a name of its own.
+host=$1; shift; cd "$HOME"
+exec env -i PATH=/usr/bin:/bin HOME="$HOME" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \\
+  unshare --uts /bin/sh -c 'hostname "$0"; exec "$@"' "$host" "$@"
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("nodes", "launch", "hosts"),
+    [
+        ("a-name-pbs-has-for-it\n" * 2, "mpirun -n 2 --map-by ppr:2:node --bind-to none", ["{here}"] * 2),
+        ("{here}\nbeta\n", "mpirun -n 2 --map-by ppr:1:node --bind-to none", ["{here}", "beta"]),
+    ],
+    ids=["one node", "two nodes"],
+)
+def test_open_mpi_really_starts_on_the_nodes_of_a_pbs_job(
+    nodes: str, launch: str, hosts: list[str], start: Start, tmp_path: Path
+) -> None:
+    folder, here = tmp_path / "my work", os.uname().nodename
+    mpirun = shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("needs mpirun")
+    if "beta" in hosts and subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("only root can give a node a name of its own")
+    (folder / "nodes").write_text(nodes.format(here=here))
+    (folder / "tools" / "pbs_tmrsh").write_text(TMRSH)
+    (folder / "tools" / "hpctrain").write_text('#!/bin/sh\necho "rank on $(hostname) in $PWD with $A"\n')
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    path = f"{folder}/tools:{Path(mpirun).parent}:/usr/bin:/bin"
+    job = start("pbs", "", LAUNCH=launch, VARIABLES="A=b c", PBS_ENVIRONMENT="PBS_BATCH", PATH=path, **root)
+    code, output = job.end()
+    assert code == 0, output
+    ranks = sorted(line for line in output.splitlines() if line.startswith("rank on"))
+    assert ranks == sorted(f"rank on {host.format(here=here)} in {folder} with b c" for host in hosts)
 
 
 @BOTH

@@ -111,19 +111,6 @@ def test_a_dead_node_costs_only_the_steps_since_the_checkpoint(
     assert_same_bits(run, read_run(uninterrupted.run_dir))
 
 
-def test_a_lost_rank_is_a_failure_and_not_repeated(train: Trainer, cluster: VirtualCluster) -> None:
-    """All of a node is killed and its connections break: the job ends before Slurm misses the node."""
-    training = train("run", overrides=("checkpoint.every_steps=2",))
-    training.wait_for_step(5)
-    cluster.power_off("node2")
-    poll(lambda: "failed with exit code" in training.output, "the job to end", 60)
-    cluster.command("scontrol", "update", "node=node2", "state=down", "reason=power")
-    state = cluster.wait(training.job)
-    assert (state.name, state.restarts) == ("FAILED", 0), training.output
-    assert state.exit_code not in (0, 2, EXIT_PREEMPTED)
-    assert training.checkpoints[-1] >= "step-00000002"
-
-
 def test_scancel_ends_all_of_it_and_it_does_not_come_back(train: Trainer, cluster: VirtualCluster) -> None:
     training = train("run", overrides=("checkpoint.every_steps=2", "train.steps=null", "train.epochs=1000"))
     training.wait_for_step(5)
