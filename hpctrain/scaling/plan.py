@@ -14,6 +14,7 @@ from hpctrain.data.order import steps_in
 from hpctrain.errors import UserError, nearest
 from hpctrain.jobs.site import Site
 from hpctrain.models.sizes import SIZES, ModelSize
+from hpctrain.scaling.performance.allreduce import Link, Network, allreduce_seconds
 
 IMAGENET_IMAGES = 1_281_167
 PAPER_IMAGES = 1_280_000  # as the paper rounds it
@@ -81,17 +82,15 @@ def plan(
 def step_seconds(site: Site, model: str, batch: int, nodes: int, gradient_bytes: int) -> float:
     """Return the time of one iteration: the nodes' share of the batch at their published rate, then a ring allreduce.
 
-    The ring takes 2 (P - 1) messages of n / P bytes each: 2 (P - 1) alpha + 2 (P - 1) / P n beta (Thakur,
-    Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005). Nothing overlaps, and
-    a node is as fast on a few images as on many: what it says is neither a bound nor a promise, but the balance of the
-    two terms. Raises UserError for a model the site has no rate of.
+    Nothing overlaps, and a node is as fast on a few images as on many: what it says is neither a bound nor a promise,
+    but the balance of the two terms. `hpctrain.scaling.predict` goes into more. Raises UserError for a model the site
+    has no rate of.
     """
     if model not in site.images_per_second:
         raise UserError(f"{site.name} has no rate for {model}; {nearest(model, site.images_per_second)}")
     compute = batch / nodes / site.images_per_second[model]
-    messages = 2 * (nodes - 1)
-    piece = gradient_bytes / nodes
-    return compute + messages * (site.network.latency_seconds + piece * site.network.seconds_per_byte)
+    link = Link(site.network.latency_seconds, site.network.seconds_per_byte)
+    return compute + allreduce_seconds("ring", nodes, gradient_bytes, Network(link, link))
 
 
 def flops_per_parameter(model: str) -> float:

@@ -6,7 +6,7 @@ the quantity.
 
 import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from hpctrain.scaling.run_data import RunData, num_warm_up, steady_images_per_second
+
+if TYPE_CHECKING:
+    from hpctrain.scaling.study.gather import Results
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; repeated with other dashes it would be unreadable,
 # so from nine runs on the colors come from a color map instead.
@@ -112,6 +115,80 @@ def plot_learning_rate(runs: Sequence[LabeledRun]) -> bytes | None:
     return _finish(figure, axes, runs, used, [], loc="upper right")
 
 
+def plot_speedup(results: "Results") -> bytes:
+    """Speed-up of a study's node counts over the smallest, with quartiles, beside the ideal line."""
+    figure, axes = _new_figure("Speed-up", "nodes", f"times the images/s of {_nodes(results.measured[0].nodes)}")
+    counts = results.measured
+    nodes = [count.nodes for count in counts]
+    ideal = [n / nodes[0] for n in nodes]
+    axes.plot(nodes, ideal, color=_GRAY, linestyle="--", linewidth=1.4, label="ideal")
+    _draw_spreads(axes, nodes, [count.speedup for count in counts], 1.0)
+    if len(nodes) > 1:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_ylim(bottom=0)
+    return _finish_study(figure, axes, nodes, results.title)
+
+
+def plot_efficiency(results: "Results") -> bytes:
+    """Parallel efficiency of a study's node counts in percent, with quartiles."""
+    counts = results.measured
+    figure, axes = _new_figure("Parallel efficiency", "nodes", "speed-up over the ideal (%)")
+    nodes = [count.nodes for count in counts]
+    axes.axhline(100, color=_GRAY, linestyle="--", linewidth=1.4, label="ideal")
+    _draw_spreads(axes, nodes, [count.efficiency for count in counts], 100.0)
+    top = max(100 * count.efficiency.high for count in counts if count.efficiency)
+    axes.set_ylim(0, max(108, 1.05 * top))
+    return _finish_study(figure, axes, nodes, results.title)
+
+
+def plot_breakdown(results: "Results") -> bytes | None:
+    """The mean step of each node count cut into its parts, stacked; None if no run logged them."""
+    from hpctrain.scaling.study.report import PART_TITLES
+
+    counts = [count for count in results.measured if count.parts is not None]
+    if not counts:
+        return None
+    figure, axes = _new_figure("Where the time of a step goes", "nodes", "ms a step, mean over ranks")
+    # Compute at the bottom, where its height can be compared between counts.
+    colors = {"compute": _COLORS[0], "exposed": _COLORS[1], "straggler": _COLORS[4], "input": _COLORS[2]}
+    bottom = np.zeros(len(counts))
+    for part, color in colors.items():
+        height = np.array([1e3 * count.parts[part] for count in counts if count.parts is not None])
+        axes.bar(range(len(counts)), height, bottom=bottom, color=color, width=0.6, label=PART_TITLES[part])
+        bottom += height
+    for x, total in enumerate(bottom):
+        axes.annotate(f"{total:,.4g}", (x, total), (0, 3), textcoords="offset points", ha="center", fontsize=10)
+    axes.set_xticks(range(len(counts)), [f"{count.nodes:,}" for count in counts])
+    axes.set_ylim(0, 1.12 * max(bottom))
+    axes.set_title(results.title, fontsize=10, color=_GRAY, loc="right")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    return _png(figure)
+
+
+def _draw_spreads(axes: Axes, nodes: list[int], spreads: list[Any], factor: float) -> None:
+    middle = np.array([factor * spread.median for spread in spreads])
+    errors = np.abs([[factor * s.low for s in spreads] - middle, [factor * s.high for s in spreads] - middle])
+    style: dict[str, Any] = {"color": _COLORS[0], "marker": "o", "linewidth": 1.8, "capsize": 4, "zorder": 3}
+    axes.errorbar(nodes, middle, yerr=errors, label="measured (median, quartiles)", **style)
+
+
+def _finish_study(figure: Figure, axes: Axes, nodes: list[int], title: str) -> bytes:
+    if len(nodes) > 1:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(nodes, [f"{count:,}" for count in nodes])
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=10, color=_GRAY, loc="right")
+    axes.legend(loc="best", framealpha=0.9, edgecolor="none", fontsize=10)
+    return _png(figure)
+
+
+def _nodes(count: int) -> str:
+    return f"{count:,} node{'s' if count > 1 else ''}"
+
+
 def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.8), dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
@@ -193,6 +270,10 @@ def _finish(
         longest = max(len(label) for label, _ in runs)
         columns = max(1, min(len(runs), 96 // (longest + 6)))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Without the version of the software, the same data give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})

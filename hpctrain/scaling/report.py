@@ -1,4 +1,4 @@
-"""The report of one or several runs: a table, pictures and settings, as Markdown that also reads well in `less`."""
+"""The report of one or several runs: tables and pictures, as Markdown that also reads well in `less`, and as HTML."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,6 +9,10 @@ from rich.table import Table
 
 from hpctrain.data.atomic import write_file
 from hpctrain.errors import UserError
+from hpctrain.scaling.batches import compare_batches
+from hpctrain.scaling.html import to_html
+from hpctrain.scaling.markdown import markdown_table
+from hpctrain.scaling.published import labeled_standings
 from hpctrain.scaling.run_data import RunData, read_run, summarize
 
 UNKNOWN = "-"
@@ -17,8 +21,8 @@ UNKNOWN = "-"
 def write_report(run_dirs: list[Path], out_dir: Path) -> Path:
     """Write report.md and its PNGs for these runs into `out_dir`, overlaid in each picture; return report.md's path.
 
-    `out_dir` may be a run directory. Raises UserError for a run directory that is missing or has no metrics, and for an
-    `out_dir` that cannot be written.
+    report.html beside it holds the same with the pictures in it, a single file. `out_dir` may be a run directory.
+    Raises UserError for a run directory that is missing or has no metrics, and for an `out_dir` that cannot be written.
     """
     from hpctrain.scaling import plots  # matplotlib is only loaded for pictures
 
@@ -33,12 +37,13 @@ def write_report(run_dirs: list[Path], out_dir: Path) -> Path:
         "learning_rate": plots.plot_learning_rate(labeled),
     }
     report = out_dir / "report.md"
+    files = {f"{name}.png": png for name, png in pictures.items() if png is not None}
+    text = report_text(labeled, [name.removesuffix(".png") for name in files])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for name, png in pictures.items():
-            if png is not None:
-                write_file(out_dir / f"{name}.png", png)
-        text = report_text(labeled, [name for name, png in pictures.items() if png is not None])
+        for name, png in files.items():
+            write_file(out_dir / name, png)
+        write_file(out_dir / "report.html", to_html(text, files).encode())
         write_file(report, text.encode())
     except OSError as error:
         raise UserError(f"cannot write {out_dir} ({error.strerror}): give an --out that you may write to") from None
@@ -83,7 +88,7 @@ def report_text(labeled: Sequence[tuple[str, RunData]], pictures: Sequence[str])
 
     columns = [[value for _, value in summary_rows(summarize(run))] for run in runs]
     rows = [[name, *values] for (name, _), *values in zip(_ROWS, *columns, strict=True)]
-    sections.append("## Summary\n\n" + _markdown_table(["", *labels], rows))
+    sections.append("## Summary\n\n" + markdown_table(["", *labels], rows))
     sections.append(
         "Loss and accuracies are those of the last evaluation. Images/s is the median over the logged steps, without "
         "the first tenth of them (at least two), which are warm-up."
@@ -95,18 +100,49 @@ def report_text(labeled: Sequence[tuple[str, RunData]], pictures: Sequence[str])
     captions = {"loss": "Loss", "accuracy": "Accuracy", "throughput": "Throughput", "learning_rate": "Learning rate"}
     sections += [f"## {captions[name]}\n\n![{captions[name]}]({name}.png)" for name in pictures]
 
+    sections += _comparisons(labeled)
+
     if len(runs) > 1:
         rows = differing_settings(runs)
-        text = _markdown_table(["key", *labels], rows) if rows else "All runs have the same settings."
+        text = markdown_table(["key", *labels], rows) if rows else "All runs have the same settings."
         sections.append("## Settings that differ\n\n" + text)
     else:
         rows = [[f"`{key}`", _plain(runs[0].config[key])] for key in runs[0].config]
         if rows:
-            sections.append("## Settings\n\n" + _markdown_table(["key", "value"], rows))
+            sections.append("## Settings\n\n" + markdown_table(["key", "value"], rows))
     environment = _environment_rows(runs)
     if environment:
-        sections.append("## Environment\n\n" + _markdown_table(["", *labels], environment))
+        sections.append("## Environment\n\n" + markdown_table(["", *labels], environment))
     return "\n\n".join(sections) + "\n"
+
+
+def _comparisons(labeled: Sequence[tuple[str, RunData]]) -> list[str]:
+    """Return the sections that set runs beside each other by batch, and beside what is published."""
+    sections = []
+    for comparison in compare_batches(labeled):
+        rows = [
+            [
+                row.label,
+                f"{row.batch:,}",
+                f"{row.epochs:.4g}",
+                f"{row.steps:,.0f}",
+                UNKNOWN if row.seconds is None else format_seconds(row.seconds),
+                f"{row.efficiency:.2f}",
+            ]
+            for row in comparison.rows
+        ]
+        head = ["run", "batch", "epochs", "steps", "training time", "efficiency"]
+        sections.append(
+            f"## Batch-size efficiency of {comparison.model}\n\nTo the first evaluation with a top-1 of "
+            f"{100 * comparison.top1:.2f} % or more, which all of these runs reach. Efficiency is the epochs of the "
+            "smallest batch over a run's own: 1 is a larger batch that costs nothing.\n\n" + markdown_table(head, rows)
+        )
+    standings = labeled_standings(labeled)
+    if standings:
+        sections.append("## Beside published results")
+    for found in standings:
+        sections.append(f"{found.label}: {found.sentences()}\n\n" + markdown_table(found.head, found.rows()))
+    return sections
 
 
 def differing_settings(runs: Sequence[RunData]) -> list[list[str]]:
@@ -216,13 +252,3 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("wall time", _wall_time),
     ("ended", _name("end")),
 )
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns are also aligned as plain text; bars in the cells are escaped."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

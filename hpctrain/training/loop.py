@@ -7,7 +7,6 @@ from typing import Any
 
 from hpctrain.config import Config
 from hpctrain.errors import UserError
-from hpctrain.parallel.reduce import Reducer
 from hpctrain.parallel.world import World
 from hpctrain.training import session
 from hpctrain.training.checkpoint import (
@@ -25,6 +24,7 @@ from hpctrain.training.dataset import DataSet, skipped_records
 from hpctrain.training.run_dir import MetricsLog, new_run_dir, prepare_run_dir, read_metrics
 from hpctrain.training.step import TrainStep, model_state
 from hpctrain.training.stop import EXIT_PREEMPTED, StopRequest, job_end_time
+from hpctrain.training.timing import StepTimes, TimedReducer
 
 _SKIPPED_SHOWN = 20  # damaged records named at the end of a run; metrics.jsonl has all
 
@@ -44,7 +44,7 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
 
     model = session.build_model(config, data.num_classes)
     optimizer = session.build_optimizer(config)
-    reducer = Reducer(
+    reducer = TimedReducer(
         world,
         bucket_bytes=config.train.bucket_mb * 1e6,
         compression=config.train.compression,
@@ -148,6 +148,7 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
         config, data, world, first_step=done + 1, last_step=last_step, threads=threads
     )
     batches = _Timed(batches)
+    times = StepTimes(world)
     console.start_progress(last_step, done)
     run_started = time.perf_counter()
     step, stopped = done, False
@@ -159,6 +160,9 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
         result = train_step(step, batches, rate, stop.requested)
         step_seconds = time.perf_counter() - started
         stopped = result.stop
+        show = step % config.log.every_steps == 0 or step == last_step
+        times.add(step_seconds, batches.seconds, reducer.reduce_seconds)
+        timing = times.collect() if show or stopped or times.full else None
         if log:
             values = {
                 "epoch": epoch_of(step),
@@ -169,7 +173,8 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
                 "step_seconds": step_seconds,
                 "input_seconds": batches.seconds,
             }
-            show = step % config.log.every_steps == 0 or step == last_step
+            if timing:
+                values["timing"] = timing
             log.write("train", step, values, tensorboard=show)
             note = f"loss {result.loss:.4f}  {values['images_per_second']:.1f} images/s"
             console.progress(step, note)

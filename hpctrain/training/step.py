@@ -32,6 +32,7 @@ class TrainStep:
 
     A micro-batch is the batch-norm group. A rank sums `micro_batches` of them before the allreduce, so that fewer
     ranks do more of them and nothing else changes. Dropout draws from the micro-batch's number in the whole run.
+    `forward_backward(images, labels, number)` and `update(payload, learning_rate)` are its parts as graphs of their own.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class TrainStep:
         self._moving: list[Any] = []
         self._seeds = [(v, hash64(seed, i)) for i, v in enumerate(_seed_variables(model))]
         optimizer.build(self.weights)
-        self._micro_batch = tf.function(self._forward_backward)
+        self.forward_backward = tf.function(self._forward_backward)
         self._add = tf.function(_add)
         self._reduce_graph = tf.function(self._reduce)
-        self._update_graph = tf.function(self._update)
+        self.update = tf.function(self._update)
         self._last_micro_batch_and_update = tf.function(self._overlapped)
         # TensorFlow optimizes each graph as a whole, and what stands beside an operation can change its rounding. So
         # for equal bits the parts are graphs of their own, the same on any number of ranks.
@@ -73,7 +74,7 @@ class TrainStep:
         pending: list[Payload] = []
         for i in range(self.micro_batches - 1):
             images, labels = next(batches)
-            pending.append(self._micro_batch(images, labels, tf.constant(first + i, tf.int64)))
+            pending.append(self.forward_backward(images, labels, tf.constant(first + i, tf.int64)))
             for _ in range(self.merges[i]):
                 right = pending.pop()
                 pending[-1] = self._add(pending[-1], right)
@@ -92,10 +93,10 @@ class TrainStep:
 
     def _in_parts(self, images: Any, labels: Any, number: Any, pending: list[Payload], rate: Any, vote: Any) -> Any:
         """The same one after the other, with a graph for each part."""
-        payload = self._micro_batch(images, labels, number)
+        payload = self.forward_backward(images, labels, number)
         for left in reversed(pending):
             payload = self._add(left, payload)
-        return self._update_graph(self._reduce_graph([*payload, vote]), rate)
+        return self.update(self._reduce_graph([*payload, vote]), rate)
 
     def _forward_backward(self, images: Any, labels: Any, number: Any) -> Payload:
         """Return the payload of one micro-batch: gradients, new batch-norm state, [loss, share correct]."""

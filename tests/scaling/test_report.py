@@ -152,7 +152,7 @@ def test_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     for out in ("first", "second"):
         write_report([run], tmp_path / out)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert len(files) == 5
+    assert len(files) == 6
     for name in files:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -207,7 +207,12 @@ def test_a_run_with_pieces_missing_is_reported_with_notes(tmp_path: Path) -> Non
 def test_a_picture_without_data_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo", lines([evaluation(4, float("nan"), 0.1, 0.2)]))
     report = write_report([run], tmp_path / "out").read_text()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["accuracy.png", "loss.png", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "accuracy.png",
+        "loss.png",
+        "report.html",
+        "report.md",
+    ]
     assert "throughput.png" not in report
     assert cells(report, "loss") == ["nan"]
 
