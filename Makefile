@@ -10,7 +10,7 @@ JOBS ?= 2
 with_bin = PATH="$$(cd "$(PREFIX)" && pwd)/bin:$$PATH"
 install = ./install.sh --prefix "$(PREFIX)" $(if $(MPI),--mpi "$(MPI)") $(if $(PYTHON),--python "$(PYTHON)")
 
-.PHONY: help install demo test test-fast test-slow lint large-batch-study clean
+.PHONY: help install demo test test-fast test-slow lint large-batch-study predictions clean
 
 help:
 	@echo 'make demo       set up .venv if need be, and train a small network on two ranks'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make lint       style and types only'
 	@echo 'make large-batch-study   accuracy against batch for SGD and LARS, into docs/large-batch-study/'
+	@echo 'make predictions   the pages docs/prediction-*.md from what was published and measured'
 	@echo 'make install    set up only, without the extras of the demo and the tests'
 	@echo 'make clean      remove what tests, tools and builds left behind; keeps .venv'
 	@echo
@@ -54,6 +55,12 @@ large-batch-study:
 	@$(install) --extras demo
 	@$(with_bin) ./demo.sh data
 	@$(with_bin) python -m benchmarks.large_batch_study demo/shards docs/large-batch-study
+
+predictions:
+	@$(install)
+	@$(with_bin) python -m benchmarks.published_prediction
+	@$(with_bin) python -m benchmarks.emulated_prediction --page-only
+	@$(with_bin) python -m benchmarks.held_out_prediction
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -252,8 +252,9 @@ CLOSING = """
 The median error over {count} cases is **{two:.1%}** with the network measured between two hosts, and {all:.1%} with the
 network measured on all of them.
 
-What the emulation adds that a cluster does not have: the same cores compute, run TCP and forward the packets, so a byte
-costs more on eight hosts than on two, and communication behind the backward pass takes cores from it.
+By model, with the network between two hosts: {models}. Most of the large model's step is communication, and the same
+cores compute, run TCP and forward the packets: a byte costs more when buckets follow each other without a pause than in
+the benchmark, and more on eight hosts than on two. Hosts of their own do not have that.
 
     python -m benchmarks.emulated_prediction              # root: measures what is missing
     python -m benchmarks.emulated_prediction --page-only  # this page from docs/prediction-emulated/measurements.json
@@ -279,7 +280,11 @@ def page(found: Measurements) -> str:
         text += _row([c.model, str(c.hosts), str(c.rate_mbit), f"{c.from_two.compute:.3f}", spread, *both])
     from_two = statistics.median(abs(c.error(c.from_two)) for c in comparisons)
     from_all = statistics.median(abs(c.error(c.from_all)) for c in comparisons)
-    return text + CLOSING.format(count=len(comparisons), two=from_two, all=from_all)
+    errors = {model: [abs(c.error(c.from_two)) for c in comparisons if c.model == model] for model in sizes}
+    models = ", ".join(
+        f"{model} {statistics.median(values):.1%}" for model, values in sorted(errors.items(), reverse=True)
+    )
+    return text + CLOSING.format(count=len(comparisons), two=from_two, all=from_all, models=models)
 
 
 def _row(cells: Sequence[str]) -> str:
