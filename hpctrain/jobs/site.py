@@ -131,6 +131,10 @@ class Site(_Part):
     images_per_second: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="training rate of one node by model, as published"
     )
+    micro_batch_seconds: dict[str, dict[int, Annotated[float, Field(gt=0)]]] = Field(
+        default_factory=dict,
+        description="forward and backward pass of a node by model and images, where that is known for several sizes",
+    )
     scheduler: Scheduler = Field("local", description="slurm, pbs, or local: mpirun on this machine")
     launcher: Launcher = Field("mpirun", description="what starts the ranks")
     srun_mpi: Annotated[str, _text(r"[a-z0-9_]+", "a name that `srun --mpi=list` lists")] | None = Field(

@@ -181,14 +181,14 @@ def test_two_sizes_of_micro_batch_tell_the_fixed_part() -> None:
 
 
 def test_the_verb_prints_a_table_or_json() -> None:
-    arguments = ["predict", "resnet50-32k-90epochs", "--site", "stampede2-knl", "--nodes", "512,2048"]
+    arguments = ["predict", "resnet50-32k-90epochs", "--site", "stampede2-knl", "--nodes", "512,4096"]
     shown = CliRunner().invoke(cli, arguments)
     assert shown.exit_code == 0, shown.output
-    assert "binds" in shown.output and "2,048 nodes: train.global_batch 32768 does not divide" in shown.output
-    result = CliRunner().invoke(cli, [*arguments, "--json", "train.micro_batch=16"])
+    assert "binds" in shown.output and "4,096 nodes: train.global_batch 32768 does not divide" in shown.output
+    result = CliRunner().invoke(cli, [*arguments, "--json", "train.micro_batch=8"])
     content = json.loads(result.output)
-    assert [each["nodes"] for each in content["predictions"]] == [512, 2048]
-    assert content["predictions"][1]["step_seconds"] > 16 / 79
+    assert [each["nodes"] for each in content["predictions"]] == [512, 4096]
+    assert content["predictions"][1]["step_seconds"] > 8 / 79
 
 
 @pytest.mark.parametrize("nodes", ["", "a", "1,,2", "0"])

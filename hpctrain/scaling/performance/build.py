@@ -79,6 +79,13 @@ def build_case(
         fixed, per_image = line_through(steps)
         errors["compute"] = max(_MEASURED_ERROR, _median_error(steps[0].get("step_seconds_all") or ()))
         notes.append(f"compute: {calibration.source}")
+    elif config.model.name in site.micro_batch_seconds:
+        sizes = site.micro_batch_seconds[config.model.name]
+        fixed, per_node_image = line_through(
+            [{"micro_batch": images, "forward_backward_seconds": seconds} for images, seconds in sizes.items()]
+        )
+        per_image = per_node * per_node_image
+        notes.append(f"compute: seconds of micro-batches of {', '.join(map(str, sizes))} images, from {site.name}")
     else:
         fixed, per_image = 0.0, per_node / _site_rate(site, config, notes)
         notes.append(
