@@ -32,7 +32,7 @@ class TrainStep:
 
     A micro-batch is the batch-norm group. A rank sums `micro_batches` of them before the allreduce, so that fewer
     ranks do more of them and nothing else changes. Dropout draws from the micro-batch's number in the whole run.
-    `forward_backward(images, labels, number)` and `update(payload, learning_rate)` are its parts as graphs of their own.
+    `forward_backward(images, labels, number)` and `update(payload, learning_rate)` are its parts, a graph each.
     """
 
     def __init__(
