@@ -14,7 +14,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpctrain.errors import UserError, nearest
-from hpctrain.yaml_file import Section, StrictLoader, explain, read_yaml
+from hpctrain.yaml_file import Section, explain, parse_yaml, read_yaml
+
+_MAX_KEY_DOTS = 10  # of an override below an `options` mapping
 
 
 class DataConfig(Section):
@@ -226,8 +228,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; expected key.sub=value, such as train.steps=20")
     try:
-        value = yaml.load(text, StrictLoader)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date there is none of, such as 2024-13-01
+        value = parse_yaml(text)
+    except yaml.YAMLError:
         value = text
     *sections, last = key.split(".")
     _check_key(key)
@@ -245,6 +247,8 @@ def _check_key(key: str) -> None:
     """Raise UserError for a key that no configuration has; keys below an `options` mapping are free."""
     known = {row[0] for row in describe_keys()}
     free = {name + "." for name in known if name.endswith(".options")}
+    if key.count(".") > _MAX_KEY_DOTS:
+        raise UserError(f"{key[:60]}... is no configuration key: it has more than {_MAX_KEY_DOTS} dots")
     if key not in known and not any(key.startswith(prefix) for prefix in free):
         if key in Config.model_fields:
             raise UserError(f"{key} is a section; set one of its keys, such as {key}.{next(iter(_fields_of(key)))}")

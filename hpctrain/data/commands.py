@@ -100,6 +100,7 @@ def extract_command(directory: Path, record: int, output: Path) -> None:
     """Write the image of record ID of the split in DIR to the file OUT."""
     from hpctrain.data.atomic import write_file
     from hpctrain.data.reader import ShardReader
+    from hpctrain.data.shard_file import printable
 
     reader = ShardReader(directory)
     if not 0 <= record < reader.num_records:
@@ -117,7 +118,8 @@ def extract_command(directory: Path, record: int, output: Path) -> None:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
     label = int(reader.labels([record])[0])
     class_name = reader.class_names[label]
-    click.echo(f"{output}: {len(blob):,} bytes, class {label} ({class_name}), made from {reader.name(record)}")
+    made_from = printable(reader.name(record))
+    click.echo(f"{output}: {len(blob):,} bytes, class {label} ({printable(class_name)}), made from {made_from}")
 
 
 def run_standalone(command: click.Command) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from hpctrain.data.shard import MAX_PIXELS
 from hpctrain.errors import UserError
 
 # Only these are opened: Pillow would start Ghostscript for some of the others. JPEG brings MPO along.
@@ -16,7 +17,6 @@ _PLUGINS = (JpegImagePlugin, PngImagePlugin, BmpImagePlugin, WebPImagePlugin, Gi
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "BMP", "WEBP", "GIF") if name in Image.OPEN)
 _DECODABLE_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; all Huffman-coded
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_MAX_PIXELS = 1 << 27
 _DEFAULT_QUALITY = 95  # of images re-encoded for their format alone
 
 
@@ -93,6 +93,8 @@ def prepare_jpeg(blob: bytes, resize: int | None = None, quality: int = 90, deco
     with _open(blob) as image:
         width, height = image.size
         scale = resize is not None and min(width, height) > resize
+        if not scale:
+            _check_pixels(width, height)
         conversion = _why_not_kept(blob, image)
         if not scale and not conversion:
             _load_coarsely(image)
@@ -116,6 +118,8 @@ def _kept_as_it_is(blob: bytes, resize: int | None) -> PreparedImage | None:
     except ImageError:
         return None  # another format, or damaged
     small = resize is None or min(header.width, header.height) <= resize
+    if small:
+        _check_pixels(header.width, header.height)
     if small and header.is_ordinary and blob.rfind(b"\xff\xd9") > header.place:
         return PreparedImage(blob, header.height, header.width, "")
     return None
@@ -125,7 +129,7 @@ def prepare_raw(blob: bytes, size: int) -> PreparedImage:
     """Decode an image to uint8[size, size, 3]: shorter side scaled up or down to `size`, center cut out."""
     with _open(blob) as image:
         width, height = _scaled_size(*image.size, size)
-        if width * height > _MAX_PIXELS:
+        if width * height > MAX_PIXELS:
             raise ImageError(f"its shape of {image.width} x {image.height} pixels is too long to scale")
         rgb = _scaled(image, (width, height))
     left, top = (width - size) // 2, (height - size) // 2
@@ -153,6 +157,11 @@ def _open(blob: bytes) -> Image.Image:
         raise ImageError("it is not an image in a known format") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise ImageError(f"it cannot be decoded ({error})") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"its {width} x {height} pixels are more than the {MAX_PIXELS:,} that an image may have")
 
 
 def _load_coarsely(image: Image.Image) -> None:

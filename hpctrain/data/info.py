@@ -8,6 +8,7 @@ import numpy as np
 
 from hpctrain.data.manifest import Manifest, split_directories
 from hpctrain.data.reader import ShardReader
+from hpctrain.data.shard_file import printable
 
 
 def describe(directory: str | PathLike[str]) -> dict[str, Any]:
@@ -59,9 +60,10 @@ def format_description(description: dict[str, Any]) -> str:
     for split in description["splits"]:
         per_class, heights, widths = split["records_per_class"], split["heights"], split["widths"]
         names = split["class_names"]
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        shown = ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
         lines += [
-            f"{split['split']} ({split['directory']}, shard format {split['format_version']}, {split['encoding']})",
+            f"{printable(split['split'])} ({split['directory']}, shard format {split['format_version']}, "
+            f"{split['encoding']})",
             f"  records     {split['num_records']:,}; mean {split['mean_record_bytes']:,.0f} bytes, "
             f"all {split['num_bytes'] / 1e6:,.1f} MB",
             f"  classes     {split['num_classes']:,} ({shown}); "
@@ -73,7 +75,7 @@ def format_description(description: dict[str, Any]) -> str:
         ]
         made = split["prepare"]
         names = [name for name in ("seed", "resize", "quality", "raw_size") if made.get(name) is not None]
-        options = [f"{name} {made[name]}" for name in names]
+        options = [printable(f"{name} {made[name]}") for name in names]
         if options:
-            lines.append(f"  made by     {made.get('program', 'unknown')}: {', '.join(options)}")
+            lines.append(f"  made by     {printable(str(made.get('program', 'unknown')))}: {', '.join(options)}")
     return "\n".join(lines)

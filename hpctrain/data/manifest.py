@@ -14,17 +14,20 @@ from hpctrain.data.shard import (
     FORMAT,
     MANIFEST_NAME,
     MAX_NAME_BYTES,
+    MAX_PIXELS,
     MAX_RECORDS,
+    MAX_SHARD_RECORDS,
     MAX_SHARDS,
     VERSION,
     DataError,
     array_layout,
+    check_split_name,
     check_version,
     shard_bounds,
 )
 from hpctrain.errors import UserError
 
-_MAX_MANIFEST_BYTES = 1 << 30
+_MAX_MANIFEST_BYTES = 128 << 20  # that of MAX_SHARDS shards has half of it
 _MAX_FILE_BYTES = 1 << 62
 
 
@@ -75,9 +78,11 @@ class Manifest:
         folder = split_directory(directory)
         path = folder / MANIFEST_NAME
         try:
-            if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            with open(path, "rb") as file:
+                text = file.read(_MAX_MANIFEST_BYTES + 1)
+            if len(text) > _MAX_MANIFEST_BYTES:
                 raise DataError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes, so it is no {MANIFEST_NAME}")
-            manifest = cls.from_json(path.read_bytes(), str(path))
+            manifest = cls.from_json(text, str(path))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         if check_files:
@@ -144,14 +149,19 @@ class Manifest:
             raise DataError(f"{where}: class_names should be a list of one or more names")
         if len(set(class_names)) != len(class_names):
             raise DataError(f"{where}: class_names holds a name twice")
+        split = take.text("split")
+        try:
+            check_split_name(split)
+        except UserError as error:
+            raise DataError(f"{where}: {error}") from None
         encoding = take.text("encoding")
         if encoding not in ENCODINGS:
-            raise DataError(f"{where}: encoding is {encoding!r}; this hpctrain reads {' and '.join(ENCODINGS)}")
+            raise DataError(f"{where}: encoding is {encoding[:40]!r}; this hpctrain reads {' and '.join(ENCODINGS)}")
         prepare = document.get("prepare", {})
         if not isinstance(prepare, dict):
             raise DataError(f"{where}: prepare should be an object")
         manifest = cls(
-            split=take.text("split"),
+            split=split,
             encoding=encoding,
             num_records=take.integer("num_records", 1, MAX_RECORDS),
             num_bytes=take.integer("num_bytes", 1, _MAX_FILE_BYTES),
@@ -245,6 +255,8 @@ def _image_shape(value: object, encoding: str, where: str) -> tuple[int, int, in
         or value[2] != 3
     ):
         raise DataError(f"{where}: image_shape should be [height, width, 3] where the encoding is raw")
+    if value[0] * value[1] > MAX_PIXELS:
+        raise DataError(f"{where}: image_shape is {value}; an image may have {MAX_PIXELS:,} pixels")
     return (value[0], value[1], value[2])
 
 
@@ -253,10 +265,11 @@ def _shard_entry(item: object, where: str) -> ShardEntry:
         raise DataError(f"{where} should be an object")
     take = _Fields(item, where)
     file = take.text("file")
-    # A data set is copied, shared and unpacked by many: its manifest must not make anyone read another's files.
-    if file in ("", ".", "..") or any(character in file for character in "/\\\0"):
-        raise DataError(f"{where}: file is {file!r}; expected the name of a file in the same directory")
-    num_records = take.integer("num_records", 1, MAX_RECORDS)
+    # A data set is copied, shared and unpacked by many: its manifest must not make anyone read another's files, or
+    # write to a terminal what that would not show.
+    if file in ("", ".", "..") or "/" in file or "\\" in file or len(file) > 255 or not file.isprintable():
+        raise DataError(f"{where}: file is {file[:100]!r}; expected the name of a file in the same directory")
+    num_records = take.integer("num_records", 1, MAX_SHARD_RECORDS)
     num_bytes = take.integer("num_bytes", num_records, _MAX_FILE_BYTES)
     file_bytes = take.integer("file_bytes", num_bytes, _MAX_FILE_BYTES)
     name_bytes = take.integer("name_bytes", 1, MAX_NAME_BYTES)

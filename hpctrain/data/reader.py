@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from hpctrain.data.checksum import crc32
 from hpctrain.data.manifest import Manifest, ShardEntry, split_directory
 from hpctrain.data.shard import INDEX_TYPES, DataError, array_layout, index_checksum, index_problem
+from hpctrain.data.shard_file import open_shard, printable
 
 _MAX_BUFFERS = 256  # that one preadv fills; systems take 1,024
 _ALIGNMENT = 64  # bytes
@@ -190,7 +191,7 @@ class ShardReader:
         number = int(self._shard_numbers(self._checked([record]))[0])
         words = f"record {record} of {self._path(number)}"
         try:
-            return f"{words} (made from {self.name(record)})"
+            return f"{words} (made from {printable(self.name(record))})"
         except DataError:
             return words
 
@@ -324,7 +325,7 @@ class _OpenFile:
         self.path = path
         self._drop_cache = drop_cache and hasattr(os, "posix_fadvise")
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = open_shard(path)
         if hasattr(os, "posix_fadvise"):
             # Each read asks for all that is wanted and no more; the kernel's guess at what comes next would be wrong.
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)

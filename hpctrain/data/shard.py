@@ -19,9 +19,13 @@ ENCODINGS = ("jpeg", "raw")
 INDEX_TYPES = {"offsets": "<i8", "labels": "<i4", "checksums": "<u4", "heights": "<i4", "widths": "<i4"}
 ARRAYS = (*INDEX_TYPES, "ids", "names", "data")
 
+# What a reader takes into memory at once is bounded by these, whatever a file says of itself.
 MAX_RECORDS = 2**40
-MAX_SHARDS = 2**20
+MAX_SHARDS = 2**17
+MAX_SHARD_RECORDS = 2**24  # whose index has 400 MB
 MAX_NAME_BYTES = 4096
+MAX_PIXELS = 2**27  # of an image
+MAX_RECORD_BYTES = 3 * MAX_PIXELS
 
 
 class DataError(UserError):
@@ -59,7 +63,9 @@ def shard_file_name(split: str, shard: int, num_shards: int) -> str:
 def check_split_name(split: str) -> str:
     """Return the name of a split if it can be a folder's name and the start of a file's, else raise a UserError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", split):
-        raise UserError(f"split {split!r} should be a short name of letters, digits, _ and -, such as train or val")
+        raise UserError(
+            f"split {split[:80]!r} should be a short name of letters, digits, _ and -, such as train or val"
+        )
     return split
 
 
@@ -67,7 +73,7 @@ def check_version(version: object, where: str) -> None:
     """Raise a DataError unless this program can read format `version`: same major number, any minor number."""
     match = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})", version) if isinstance(version, str) else None
     if match is None:
-        raise DataError(f"{where}: version is {version!r}; expected text such as {VERSION!r}")
+        raise DataError(f"{where}: version is {repr(version)[:60]}; expected text such as {VERSION!r}")
     if int(match[1]) > int(VERSION.split(".")[0]):
         raise DataError(
             f"{where} is in shard format {version}, newer than the {VERSION} that this hpctrain reads; "
@@ -90,12 +96,15 @@ def index_problem(
 ) -> str | None:
     """Say in words what is wrong with a shard's index arrays; None when nothing is.
 
-    Every record must have at least one byte and lie inside the shard's data, labels must be in [0, num_classes), and
-    images must have at least one pixel; raw images must have the `image_shape` of their data set.
+    Every record must have one to MAX_RECORD_BYTES bytes and lie inside the shard's data, labels must be in
+    [0, num_classes), and images must have one to MAX_PIXELS pixels; raw images must have the `image_shape` of their
+    data set.
     """
     offsets = index["offsets"]
     if offsets[0] != 0 or offsets[-1] != num_bytes or np.any(offsets[1:] <= offsets[:-1]):
         return f"offsets do not rise from 0 to {num_bytes}"
+    if np.diff(offsets).max() > MAX_RECORD_BYTES:
+        return f"a record has more than {MAX_RECORD_BYTES:,} bytes"
     labels = index["labels"]
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
@@ -105,6 +114,8 @@ def index_problem(
         )
     if np.any(index["heights"] < 1) or np.any(index["widths"] < 1):
         return "image sizes below one pixel"
+    if np.any(index["heights"].astype(np.int64) * index["widths"] > MAX_PIXELS):
+        return f"an image has more than {MAX_PIXELS:,} pixels"
     if image_shape is not None:
         height, width, channels = image_shape
         if np.any(index["heights"] != height) or np.any(index["widths"] != width):

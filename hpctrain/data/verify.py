@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.hdf5 import inspect_shard
+from hpctrain.data.hdf5_apart import Inspector
 from hpctrain.data.images import ImageError, check_decodes, jpeg_header
 from hpctrain.data.manifest import Manifest, ShardEntry, split_directories
 from hpctrain.data.processes import Count, Progress, available_cores, run_tasks
 from hpctrain.data.reader import ShardReader
 from hpctrain.data.shard import DataError
+from hpctrain.data.shard_file import printable
 
 _CHUNK_BYTES = 16 << 20
+_inspector = Inspector()  # of this process, for all shards that it verifies
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BadRecord:
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.split}: record {self.record} in {self.shard} (made from {self.name}): {self.problem}"
+        return f"{self.split}: record {self.record} in {self.shard} (made from {printable(self.name)}): {self.problem}"
 
 
 @dataclass
@@ -61,17 +63,20 @@ def verify(
     without a readable manifest raises a UserError.
     """
     report = VerifyReport()
-    for folder in split_directories(directory):
-        manifest = Manifest.load(folder)
-        with Progress(f"verify {manifest.split}", manifest.num_records, quiet=quiet) as progress:
-            for part in run_tasks(
-                _verify_shard,
-                (folder, manifest, decode),
-                range(len(manifest.shards)),
-                workers or available_cores(),
-                progress,
-            ):
-                report.add(part)
+    try:
+        for folder in split_directories(directory):
+            manifest = Manifest.load(folder)
+            with Progress(f"verify {manifest.split}", manifest.num_records, quiet=quiet) as progress:
+                for part in run_tasks(
+                    _verify_shard,
+                    (folder, manifest, decode),
+                    range(len(manifest.shards)),
+                    workers or available_cores(),
+                    progress,
+                ):
+                    report.add(part)
+    finally:
+        _inspector.close()
     return report
 
 
@@ -82,7 +87,7 @@ def _verify_shard(context: tuple[Path, Manifest, bool], number: int, count: Coun
     reader = ShardReader(manifest, folder, verify=False)
     try:
         lengths = reader.record_bytes(np.arange(entry.first_record, entry.first_record + entry.num_records))
-        found = inspect_shard(folder / entry.file)[0]
+        found = _inspector.inspect(folder / entry.file)
         if found != entry:
             names = [item.name for item in fields(ShardEntry)]
             wrong = ", ".join(name for name in names if getattr(found, name) != getattr(entry, name))

@@ -21,7 +21,10 @@ from hpctrain.data.shard import (
     ENCODINGS,
     MANIFEST_NAME,
     MAX_NAME_BYTES,
+    MAX_PIXELS,
+    MAX_RECORD_BYTES,
     MAX_RECORDS,
+    MAX_SHARD_RECORDS,
     MAX_SHARDS,
     check_split_name,
     shard_bounds,
@@ -61,6 +64,11 @@ class ShardBuilder:
         """Append one record."""
         if not record.blob:
             raise UserError(f"record {self._first_record + len(self)} ({record.name}) has no bytes")
+        if len(record.blob) > MAX_RECORD_BYTES or record.height * record.width > MAX_PIXELS:
+            raise UserError(
+                f"record {self._first_record + len(self)} ({record.name}) has {len(record.blob):,} bytes and "
+                f"{record.width} x {record.height} pixels; a record may have {MAX_RECORD_BYTES:,} and {MAX_PIXELS:,}"
+            )
         try:
             self._data.write(record.blob)
         except OSError as error:
@@ -149,6 +157,8 @@ class ShardWriter:
         num_shards = min(8, num_records) if num_shards is None else num_shards
         if not 1 <= num_shards <= min(num_records, MAX_SHARDS):
             raise UserError(f"num_shards is {num_shards}; expected 1 to {num_records}, the number of records")
+        if num_records > num_shards * MAX_SHARD_RECORDS:
+            raise UserError(f"num_shards is {num_shards}; a shard may have {MAX_SHARD_RECORDS:,} records, so give more")
         if not class_names or len(set(class_names)) != len(class_names) or not all(class_names):
             raise UserError("class_names should be one or more different names")
         self.directory = Path(directory) / check_split_name(split)

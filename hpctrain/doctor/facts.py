@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hpctrain.data.native import LIBRARY
 from hpctrain.doctor.node import free_memory_bytes, meminfo_bytes
+from hpctrain.environment import without_secrets
 from hpctrain.parallel.launch import HOROVOD, TREE_ORDER, YIELD
 
 _PACKAGES = (
@@ -72,7 +73,7 @@ def gather_facts(host: str, mpi: str) -> Facts:
         open_files=_limit(resource.RLIMIT_NOFILE),
         locked_memory_bytes=_limit(resource.RLIMIT_MEMLOCK),
         fabric=_fabric(),
-        settings={name: os.environ[name] for name in _COMPARED_SETTINGS if name in os.environ},
+        settings={name: without_secrets(os.environ[name]) for name in _COMPARED_SETTINGS if name in os.environ},
     )
 
 

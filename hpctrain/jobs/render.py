@@ -21,14 +21,15 @@ _DIRECTIVE = {
     "pbs": re.compile(r"##?PBS (-l [a-z]+|-[A-Za-z])(?:[= ](.*))?"),
 }
 _MARK = {"slurm": "#SBATCH", "pbs": "#PBS"}
-_FOLDER = re.compile(r"(?:[A-Za-z0-9._/-]|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*(?::-[A-Za-z0-9._/-]*)?\})*")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_FOLDER = re.compile(rf"(?:[A-Za-z0-9._/-]|\${_VARIABLE}|\$\{{{_VARIABLE}(?::-[A-Za-z0-9._/-]*)?\}})*")
 _NO_LINE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 # What may stand in a directive, where there is no quoting to rely on.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PBS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+,-]*")
-WALLTIME = re.compile(r"(\d{1,4}):([0-5]\d):([0-5]\d)")
+WALLTIME = re.compile(r"([0-9]{1,4}):([0-5][0-9]):([0-5][0-9])")
 _PATH = re.compile(r"[^\x00-\x1f\x7f\x85\u2028\u2029\"'\\%`$]+")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/+=@^-]+")
 
@@ -40,9 +41,7 @@ class Expanded:
     text: str
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(
-            r"(?:[A-Za-z0-9._/-]|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*(?::-[A-Za-z0-9._/-]*)?\})*", self.text
-        ):
+        if not _FOLDER.fullmatch(self.text):
             raise UserError(f"{self.text!r} is no folder of plain characters and variables such as $TMPDIR/data")
 
 

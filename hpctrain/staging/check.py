@@ -1,6 +1,7 @@
 """Whether a shard file is what the manifest says: size, index, and, if asked, every record. Does not decode images."""
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from hpctrain.data.checksum import crc32
 from hpctrain.data.manifest import Manifest
 from hpctrain.data.shard import INDEX_TYPES, array_layout, index_checksum, index_problem
+from hpctrain.data.shard_file import open_shard, printable
 
 _READ_BYTES = 16 << 20
 
@@ -22,7 +24,7 @@ def shard_problem(path: Path, manifest: Manifest, number: int, records: bool) ->
     """
     entry = manifest.shards[number]
     layout = array_layout(entry.num_records, entry.num_bytes, entry.name_bytes)
-    with open(path, "rb", buffering=0) as file:
+    with os.fdopen(open_shard(path), "rb", buffering=0) as file:
         descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         if size != entry.file_bytes:
@@ -38,15 +40,16 @@ def shard_problem(path: Path, manifest: Manifest, number: int, records: bool) ->
         problem = index_problem(index, entry.num_bytes, manifest.num_classes, manifest.image_shape)
         if problem or not records:
             return f"its index is wrong: {problem}" if problem else None
-        names = array("names")
-        if crc32(names.tobytes()) != entry.names_checksum:
+        names_at = entry.array_offsets["names"]
+        if _crc32_of(descriptor, entry.num_records * entry.name_bytes, names_at) != entry.names_checksum:
             return "its source files' names do not match dataset.json"
         if not np.array_equal(array("ids"), entry.first_record + np.arange(entry.num_records)):
             return "its record numbers are wrong"
         bad = _first_bad_record(descriptor, entry.data_offset, index["offsets"], index["checksums"])
-    if bad is None:
-        return None
-    source = os.fsdecode(bytes(names[bad]))
+        if bad is None:
+            return None
+        name = _pread(descriptor, entry.name_bytes, names_at + bad * entry.name_bytes).rstrip(b"\0")
+    source = printable(os.fsdecode(name))
     return f"record {entry.first_record + bad} (made from {source}) does not match its checksum"
 
 
@@ -66,6 +69,15 @@ def _first_bad_record(
                 return record
         first = last
     return None
+
+
+def _crc32_of(descriptor: int, num_bytes: int, offset: int) -> int:
+    """Checksum of a range, which may be larger than memory."""
+    checksum = 0
+    for start in range(0, num_bytes, _READ_BYTES):
+        part = _pread(descriptor, min(_READ_BYTES, num_bytes - start), offset + start)
+        checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _pread(descriptor: int, num_bytes: int, offset: int) -> bytes:

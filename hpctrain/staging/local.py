@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,24 @@ def make_folder_apart(folder: Path, source: Path, host: str) -> None:
         raise UserError(f"{folder} on {host} is the data set itself; give a directory on the node's own disk or memory")
     try:
         make_folder(folder)
+        check_owner(folder.parent)
+        check_owner(folder)
     except UserError as error:
         raise UserError(f"{host}: {error}") from error
+
+
+def check_owner(folder: Path) -> None:
+    """Raise UserError for a folder in which another user may have put, or may exchange, what this one is to read.
+
+    On nodes that several users share, anybody can make a folder of the expected name in /tmp first. Folders of root,
+    and those where nobody can exchange others' files (the sticky bit of /tmp), are all right.
+    """
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise UserError(f"cannot look at {folder}: {error.strerror}") from error
+    if status.st_uid not in (0, os.geteuid()) and not status.st_mode & stat.S_ISVTX:
+        raise UserError(f"{folder} belongs to another user; give another directory")
 
 
 def make_ready(folder: Path, manifest_text: bytes, host: str) -> None:

@@ -12,7 +12,8 @@ from hpctrain.data.atomic import publish, temporary_path, write_file
 from hpctrain.data.manifest import Manifest, split_directories
 from hpctrain.data.prepare.group import on_all
 from hpctrain.data.processes import Progress
-from hpctrain.data.shard import MANIFEST_NAME
+from hpctrain.data.shard import MANIFEST_NAME, DataError
+from hpctrain.data.shard_file import open_shard
 from hpctrain.errors import UserError
 from hpctrain.parallel.world import World
 from hpctrain.staging.check import shard_problem
@@ -196,7 +197,11 @@ def _existing(here: _Here, split: _Split, verify: bool) -> list[frozenset[int]]:
             present = [n for n, shard in enumerate(split.manifest.shards) if shard.file in names]
             for shard in present[position::ranks]:
                 path = split.target / split.manifest.shards[shard].file
-                if shard_problem(path, split.manifest, shard, records=verify) is None:
+                try:
+                    problem = shard_problem(path, split.manifest, shard, records=verify)
+                except DataError as error:  # a link or the like
+                    problem = str(error)
+                if problem is None:
                     good.append(shard)
                 else:
                     path.unlink()
@@ -237,7 +242,7 @@ def _bring(here: _Here, split: _Split, transfer: Transfer, traffic: Traffic) -> 
     route = Route(here.world.comm, here.world.rank, transfer.reader, transfer.ranks)
     try:
         with naming(host, f"write {target}"), open(temporary, "xb", buffering=0) as out:
-            for view in blocks(source, entry.file_bytes, route):
+            for view in blocks(source, entry.file_bytes, route, open_shard):
                 _write(out.fileno(), view)
         with naming(host, f"read {temporary} again"):
             problem = shard_problem(temporary, split.manifest, transfer.shard, records=True)

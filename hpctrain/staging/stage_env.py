@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,8 @@ FORMAT = "hpctrain-env"
 _SAFE_PATH = re.compile(r"/[A-Za-z0-9._+@=,/-]+")
 _MARGIN = 1.05  # a file system needs more than the bytes of 40,000 small files
 _KERNEL_READS = 127  # bytes of a program's first line
+_MAX_NAME_BYTES = 1 << 16  # of a member, or of what its link leads to
+_EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"x", b"X", b"g")
 
 
 class EnvironmentProblem(Exception):
@@ -50,7 +53,9 @@ def read_marker(path: str) -> "dict[str, Any]":
     try:
         marker = json.loads(start[tarfile.BLOCKSIZE :].decode())
         good = marker["format"] == FORMAT and len(marker["digest"]) == 64
-    except (ValueError, KeyError, TypeError):
+        good = good and all(isinstance(marker[key], str) for key in ("digest", "prefix", "base_python"))
+        good = good and all(type(marker[key]) is int and marker[key] >= 0 for key in ("num_bytes", "version"))
+    except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise EnvironmentProblem(f"{path} is no packed environment; make one with `stage.py env pack PREFIX FILE.tar`")
@@ -73,6 +78,8 @@ def claimed(local: str, wait: bool) -> "Iterator[None]":
     parent, name = os.path.split(local)
     try:
         os.makedirs(parent, exist_ok=True)
+        for folder in (parent, local):
+            _check_owner(folder)
         descriptor = os.open(os.path.join(parent, f".{name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise EnvironmentProblem(f"cannot use {local}: {error.strerror}") from None
@@ -86,6 +93,24 @@ def claimed(local: str, wait: bool) -> "Iterator[None]":
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_owner(folder: str) -> None:
+    """Raise EnvironmentProblem for a folder in which somebody else may have put programs for this user to run.
+
+    On nodes that several users share, anybody can make a folder of the expected name in /tmp first.
+    """
+    try:
+        status = os.lstat(folder)
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(status.st_mode):
+        status = os.stat(folder)
+        if os.lstat(folder).st_uid not in (0, os.geteuid()):
+            raise EnvironmentProblem(f"{folder} is a link that another user has made; give another directory")
+    if status.st_uid in (0, os.geteuid()) or status.st_mode & stat.S_ISVTX:
+        return
+    raise EnvironmentProblem(f"{folder} belongs to another user; give another directory")
 
 
 def is_unpacked(marker: "dict[str, Any]", local: str) -> bool:
@@ -131,7 +156,7 @@ def unpack(source: Any, marker: "dict[str, Any]", local: str) -> None:
                 f"the environment needs {needed:,} bytes in {parent}, where {free:,} are free; give another directory"
             )
         os.mkdir(place, 0o755)
-        if _extract(source, place) != marker["digest"]:
+        if _extract(source, place, marker["num_bytes"]) != marker["digest"]:
             raise EnvironmentProblem("the packed environment was damaged on its way here; copy it or pack it again")
         _relocate(place, marker["prefix"], local)
         _try_out(place, marker["base_python"])
@@ -140,7 +165,7 @@ def unpack(source: Any, marker: "dict[str, Any]", local: str) -> None:
         if os.path.lexists(local):
             os.rename(local, old)
         os.rename(place, local)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # the last two: times that are none
         raise EnvironmentProblem(f"cannot unpack to {local}: {error}") from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -158,11 +183,22 @@ def is_python(path: str) -> bool:
     return re.fullmatch(r"python[0-9.]*", os.path.basename(path)) is not None
 
 
-def _extract(source: Any, place: str) -> str:
-    """Write all members below `place`, none anywhere else, and return their digest."""
+class _Member(tarfile.TarInfo):
+    """A member of a tar whose name is not as long as memory."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Member":
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _EXTENSIONS and not 0 <= info.size <= _MAX_NAME_BYTES:
+            raise EnvironmentProblem(f"the packed environment has a member with a name of {info.size:,} bytes")
+        return info
+
+
+def _extract(source: Any, place: str, num_bytes: int) -> str:
+    """Write all members below `place`, none anywhere else and not more than `num_bytes`, and return their digest."""
     digest = hashlib.sha256()
     folders = {""}
-    with tarfile.open(fileobj=source, mode="r|", bufsize=1 << 16) as tar:
+    with tarfile.open(fileobj=source, mode="r|", bufsize=1 << 16, tarinfo=_Member) as tar:
         for info in tar:
             if info.name == MARKER:
                 continue
@@ -171,6 +207,9 @@ def _extract(source: Any, place: str) -> str:
             if parent not in folders or name in ("", ".", ".."):
                 raise EnvironmentProblem(f"the packed environment has a member {info.name!r} that leads elsewhere")
             digest.update(identity(info))
+            num_bytes -= info.size
+            if info.size < 0 or num_bytes < 0:
+                raise EnvironmentProblem("the packed environment has more bytes than it says; pack it again")
             path = os.path.join(place, info.name)
             if info.isdir():
                 os.mkdir(path, 0o700 | info.mode & 0o777)
@@ -188,10 +227,14 @@ def _extract(source: Any, place: str) -> str:
 def _check_link(info: tarfile.TarInfo) -> None:
     """Links lead to places inside the environment, and from bin/python3 to the base Python."""
     folder = os.path.dirname(info.name)
+    parts = info.linkname.split("/")
+    ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
     if os.path.isabs(info.linkname):
         good = folder == "bin" and is_python(info.name) and is_python(info.linkname)
     else:
-        good = not os.path.normpath(os.path.join(folder, info.linkname)).startswith("..")
+        # Its folder is a real one, so the first ".." lead where they seem to; behind a link they would not.
+        depth = folder.count("/") + 1 if folder else 0
+        good = ups <= depth and ".." not in parts[ups:]
     if not good:
         raise EnvironmentProblem(f"the packed environment has a link {info.name!r} to {info.linkname!r} outside of it")
 
@@ -212,6 +255,9 @@ def _relocate(place: str, old: str, new: str) -> None:
     """Replace the old prefix by the new one in the texts that hold it: pyvenv.cfg, programs, activate scripts, .pth."""
     texts = [os.path.join(place, "pyvenv.cfg")]
     programs, libraries = os.path.join(place, "bin"), os.path.join(place, "lib")
+    for folder in (programs, libraries):
+        if os.path.islink(folder) or not os.path.isdir(folder):
+            raise EnvironmentProblem(f"the packed environment has no folder {os.path.basename(folder)}")
     texts += [os.path.join(programs, name) for name in sorted(os.listdir(programs))]
     for version in sorted(os.listdir(libraries)):
         site = os.path.join(libraries, version, "site-packages")

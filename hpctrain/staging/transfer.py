@@ -3,7 +3,7 @@
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,16 @@ _FIRST_WAIT_SECONDS = 0.2
 _TAG = 77
 
 
+def open_file(path: Path) -> int:
+    """Open a file that the user has named, and return the descriptor."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class Source:
     """A file on the shared file system, read once from its start to its end; a UserError says why it cannot be."""
 
-    def __init__(self, path: Path, expected_bytes: int) -> None:
-        self.path, self._expected_bytes = path, expected_bytes
+    def __init__(self, path: Path, expected_bytes: int, opener: Callable[[Path], int] = open_file) -> None:
+        self.path, self._expected_bytes, self._opener = path, expected_bytes, opener
         self._descriptor = -1
 
     def __enter__(self) -> "Source":
@@ -45,7 +50,7 @@ class Source:
         if self._descriptor >= 0:  # a stale handle needs a new open
             os.close(self._descriptor)
             self._descriptor = -1
-        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = self._opener(self.path)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._descriptor
@@ -99,13 +104,13 @@ class Route:
         return bool(byte[0])
 
 
-def blocks(path: Path, num_bytes: int, route: Route) -> Iterator[memoryview]:
-    """Yield the file's bytes in blocks on every rank of the route; one rank reads them.
+def blocks(path: Path, num_bytes: int, route: Route, opener: Callable[[Path], int] = open_file) -> Iterator[memoryview]:
+    """Yield the file's bytes in blocks on every rank of the route; one rank reads them, from what `opener` opens.
 
     All of the ranks must take every block. A view is good until the next one is asked for.
     """
     buffer = memoryview(bytearray(min(BLOCK_BYTES, num_bytes)))
-    with Source(path, num_bytes) if route.reads else nullcontext() as source:
+    with Source(path, num_bytes, opener) if route.reads else nullcontext() as source:
         for offset in range(0, num_bytes, BLOCK_BYTES):
             view = buffer[: min(BLOCK_BYTES, num_bytes - offset)]
             if source is not None:

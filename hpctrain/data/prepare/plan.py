@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hpctrain.data.hashing import hash64
 from hpctrain.data.prepare.sources import ImageList, Listing
-from hpctrain.data.shard import MAX_SHARDS, VERSION, shard_bounds, shard_file_name
+from hpctrain.data.shard import MAX_SHARD_RECORDS, MAX_SHARDS, VERSION, shard_bounds, shard_file_name
 from hpctrain.errors import UserError, nearest
 
 _MAX_SHARD_BYTES = 128 << 20
@@ -166,6 +166,8 @@ def _number_of_shards(
     if wanted is not None:
         if not 1 <= wanted <= limit:
             raise UserError(f"--shards is {wanted}; expected 1 to {limit}, the number of images")
+        if len(num_bytes) > wanted * MAX_SHARD_RECORDS:
+            raise UserError(f"--shards is {wanted}; give more, since a shard may have {MAX_SHARD_RECORDS:,} records")
         return wanted
     if shard_mb is not None and not 0 < shard_mb < math.inf:
         raise UserError(f"--shard-mb is {shard_mb:g}; expected a number of megabytes above 0")
@@ -177,7 +179,7 @@ def _number_of_shards(
     else:
         total = int(num_bytes.sum())
     most_bytes, shards = (_MAX_SHARD_BYTES, _LEAST_SHARDS) if shard_mb is None else (shard_mb * 1e6, 1)
-    while total > shards * most_bytes:
+    while total > shards * most_bytes or len(num_bytes) > shards * MAX_SHARD_RECORDS:
         shards *= 2
     while shards > limit:
         shards //= 2

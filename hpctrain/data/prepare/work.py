@@ -15,7 +15,7 @@ from hpctrain.data.manifest import ShardEntry
 from hpctrain.data.prepare.plan import Encoding
 from hpctrain.data.prepare.sources import ImageList, ImageSource, SourceImage
 from hpctrain.data.processes import Count
-from hpctrain.data.shard import DataError
+from hpctrain.data.shard import MAX_RECORD_BYTES, DataError
 from hpctrain.data.writer import Record, ShardBuilder
 
 SHOWN = 20  # images that are named before the rest is only counted
@@ -98,6 +98,8 @@ def _read_all(source: ImageSource, images: ImageList) -> Iterator[tuple[SourceIm
         blobs: list[bytes | ImageError] = [b""] * len(window)
         for i in sorted(range(len(window)), key=lambda i: (window[i].file, window[i].offset, window[i].name)):
             try:
+                if window[i].num_bytes > MAX_RECORD_BYTES:
+                    raise ImageError(f"it has {window[i].num_bytes:,} bytes; an image may have {MAX_RECORD_BYTES:,}")
                 blobs[i] = source.read(window[i])
             except ImageError as error:
                 blobs[i] = error

@@ -15,6 +15,7 @@ from hpctrain.data.prepare.sources.crc32c import masked_crc32c
 from hpctrain.data.prepare.sources.example import DamagedExample, parse_example
 from hpctrain.data.prepare.sources.files import OpenFiles, PlacedFile, in_threads
 from hpctrain.data.prepare.sources.labels import read_class_list
+from hpctrain.data.shard import MAX_RECORD_BYTES
 from hpctrain.errors import UserError
 
 IMAGE, LABEL, SYNSET, FILE_NAME = "image/encoded", "image/class/label", "image/class/synset", "image/filename"
@@ -57,6 +58,8 @@ class TFRecords:
         content = self._open.read(path, start, HEAD_BYTES + image.num_bytes + _OTHER_FIELDS_BYTES)
         length = record_length(content[:HEAD_BYTES], path, start)
         size = HEAD_BYTES + length + 4
+        if length > MAX_RECORD_BYTES:
+            raise ImageError(f"the record at byte {start} of {path} has {length:,} bytes, more than any image")
         if len(content) < size:
             content += self._open.read(path, start + len(content), size - len(content))
         if len(content) < size:
