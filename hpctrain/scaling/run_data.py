@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from hpctrain.errors import UserError
+from hpctrain.yaml_file import parse_yaml
 
 Record = dict[str, Any]
 
@@ -204,7 +205,7 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file; what is missing or broken gives an empty one and a note."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except FileNotFoundError:
         notes.append(f"{path.name} is missing")
         return {}

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hpctrain.errors import UserError
+from hpctrain.training.npz import read_npz
 
 Arrays = dict[str, np.ndarray]
 _PREFIX = "step-"
@@ -135,12 +136,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             expected = state["files"][name]
             if (folder / name).stat().st_size != expected["bytes"] or _crc32(folder / name) != expected["crc32"]:
                 raise CheckpointError(f"{folder / name} is damaged: its size or checksum is not the one written")
-            with np.load(folder / name, allow_pickle=False) as file:
-                arrays[name] = {key: file[key] for key in file.files}
-        return Checkpoint(int(state["step"]), arrays["model.npz"], arrays["optimizer.npz"], state["run"])
+            arrays[name] = read_npz(folder / name)
+        step, run = state["step"], state["run"]
+        if type(step) is not int or step < 0 or not isinstance(run, dict):
+            raise CheckpointError(f"{folder / 'state.json'} holds no step and run as hpctrain writes them")
+        return Checkpoint(step, arrays["model.npz"], arrays["optimizer.npz"], run)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint ({error}); choose another one") from None
 
 

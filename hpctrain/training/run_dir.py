@@ -15,6 +15,7 @@ from typing import Any
 from hpctrain import __version__
 from hpctrain.config import Config
 from hpctrain.data.atomic import write_file
+from hpctrain.environment import shown_environment
 from hpctrain.errors import UserError
 from hpctrain.parallel.world import World
 
@@ -33,7 +34,6 @@ _ENVIRONMENT: tuple[str, ...] = (
     "HPCTRAIN_",
 )
 _ENVIRONMENT += ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NUM_NODES", "SLURM_RESTART_COUNT", "PBS_JOBID")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 
 
 def new_run_dir(name: str) -> Path:
@@ -85,11 +85,7 @@ def _manifest(path: Path, config: Config, world: World, data: Mapping[str, Any])
         "versions": versions,
         "git_commit": _git_commit(),
         "platform": platform.platform(),
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(_ENVIRONMENT) and not any(word in name.upper() for word in _SECRET)
-        },
+        "environment": shown_environment(os.environ, _ENVIRONMENT),
         "earlier_starts": earlier,
     }
 

@@ -29,7 +29,7 @@ def evaluate_checkpoint(config: Config, world: World, reader: ShardReader, path:
         for complaint in complaints:
             print(f"warning: {complaint}; taking an earlier checkpoint", file=sys.stderr)
         found.append(checkpoint)
-        return found[0].step, int(found[0].run["model.num_classes"])
+        return checkpoint.step, _num_classes(checkpoint, path)
 
     step, num_classes = world.from_root(load)
     if reader.num_classes > num_classes:
@@ -55,6 +55,13 @@ def evaluate_checkpoint(config: Config, world: World, reader: ShardReader, path:
         )
 
 
+def _num_classes(checkpoint: Checkpoint, path: Path) -> int:
+    classes = checkpoint.run.get("model.num_classes")
+    if type(classes) is not int or classes < 1:
+        raise UserError(f"the checkpoint of {path} does not say how many classes its model has; choose another one")
+    return classes
+
+
 def load_model(run: str | Path) -> keras.Model:
     """Return the trained Keras model of a run directory, with the weights of its newest checkpoint.
 
@@ -67,7 +74,7 @@ def load_model(run: str | Path) -> keras.Model:
     checkpoint, complaints = load_checkpoint(path)
     for complaint in complaints:
         warnings.warn(f"{complaint}; taking an earlier checkpoint", stacklevel=2)
-    classes = config.model.num_classes or int(checkpoint.run["model.num_classes"])
+    classes = config.model.num_classes or _num_classes(checkpoint, path)
     model = session.build_model(config, classes)
     arrays_to_variables(checkpoint.model, [*model.trainable_variables, *model_state(model)], "model")
     return model
