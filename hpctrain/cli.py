@@ -250,15 +250,17 @@ def show_site(site: str) -> None:
 
 
 @cli.command()
-@click.argument("run_dirs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_DIR...")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_DIR|STUDY_DIR...")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory for report.md and its plots.")
-def report(run_dirs: tuple[Path, ...], out: Path) -> None:
-    """Write a report with plots of one or more runs."""
+def report(paths: tuple[Path, ...], out: Path) -> None:
+    """Write a report with plots of one or more runs, or of a study's runs, beside published results."""
     from rich.console import Console
 
     from hpctrain.scaling.report import summary_table, write_report
+    from hpctrain.scaling.run_data import run_dirs_in
 
-    path = write_report(list(run_dirs), out)
+    run_dirs = [run_dir for path in paths for run_dir in run_dirs_in(path)]
+    path = write_report(run_dirs, out)
     console = Console(width=None if sys.stdout.isatty() else 100)
     for run_dir in run_dirs:
         console.print(summary_table(run_dir))

@@ -122,6 +122,14 @@ def read_run(run_dir: Path) -> RunData:
     return RunData(run_dir, effective_records(records), _flatten(config), manifest, tuple(notes))
 
 
+def run_dirs_in(path: Path) -> list[Path]:
+    """Return the run directories that a path stands for: itself, or a study's runs that have begun, by node count."""
+    runs = [metrics.parent for metrics in path.glob("nodes-*/metrics.jsonl")]
+    if not runs or (path / "metrics.jsonl").exists():
+        return [path]
+    return sorted(runs, key=lambda run: ([int(word) for word in run.name.split("-") if word.isdigit()], run.name))
+
+
 def summarize(run: Path | RunData) -> dict[str, Any]:
     """Return what a run came to, as plain data; what is not known is None.
 

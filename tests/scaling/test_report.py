@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from hpctrain.cli import cli
 from hpctrain.errors import UserError
 from hpctrain.scaling import read_metrics, read_run, summarize, summary_table, write_report
 from hpctrain.scaling.report import format_seconds, run_labels
-from hpctrain.scaling.run_data import num_warm_up, parse_metrics, steady_images_per_second
+from hpctrain.scaling.run_data import num_warm_up, parse_metrics, run_dirs_in, steady_images_per_second
 
 # The first two rates are warm-up; the median of the other four is 110.
 RATES = [5.0, 20.0, 100.0, 130.0, 120.0, 90.0]
@@ -241,6 +243,17 @@ def test_what_is_no_run_directory_is_a_user_error(tmp_path: Path) -> None:
         write_report([], tmp_path / "out")
     with pytest.raises(UserError, match="cannot write"):
         write_report([good], good / "config.yaml")
+
+
+def test_a_study_stands_for_its_runs_by_node_count(tmp_path: Path) -> None:
+    names = ["nodes-1", "nodes-2", "nodes-2-repeat-2", "nodes-16"]
+    runs = [make_run(tmp_path / "study" / name) for name in names]
+    (tmp_path / "study" / "nodes-32").mkdir()  # has not begun
+    assert run_dirs_in(tmp_path / "study") == runs
+    assert run_dirs_in(runs[0]) == [runs[0]]
+    assert run_dirs_in(tmp_path / "none") == [tmp_path / "none"]
+    outcome = CliRunner().invoke(cli, ["report", str(tmp_path / "study"), "--out", str(tmp_path / "out")])
+    assert outcome.exit_code == 0 and "nodes-16" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_terminal_table(tmp_path: Path) -> None:
