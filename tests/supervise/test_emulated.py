@@ -14,7 +14,8 @@ from tests.training.conftest import EXACT, HPCTRAIN, Launcher, assert_same_bits,
 
 __all__ = ["launcher", "make_hosts", "possible"]
 
-pytestmark = pytest.mark.emulated
+# slow: a new mpirun at times hangs beside what Open MPI left of the one that lost a host, until supervise ends it
+pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
 SETTINGS = [*EXACT, "data.synthetic=true", "data.path=null", "model.num_classes=6", "train.steps=12"]
 SETTINGS += ["checkpoint.every_steps=2"]
