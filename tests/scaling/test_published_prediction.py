@@ -1,5 +1,7 @@
 """The comparison with published times is recomputed from what ships, and the document is what it says today."""
 
+import json
+
 import pytest
 
 from benchmarks.published_prediction import (
@@ -13,12 +15,28 @@ from benchmarks.published_prediction import (
 )
 from benchmarks.published_sources import PARAMETERS
 from hpctrain.config import load_config
+from hpctrain.jobs.site import load_site
 from hpctrain.scaling import predict
 from hpctrain.scaling.performance.predict import Prediction
 
 
 def test_the_document_is_up_to_date() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document(), "run `python -m benchmarks.published_prediction`"
+
+
+XEON = "xeon-8160-alexnet_bn"
+KNL = ("stampede2-knl", "stampede2-knl-flat", "nurion-knl", "cori-knl")
+
+
+@pytest.mark.parametrize(
+    ("site", "model", "name"),
+    [*((site, "resnet50", "knl-7250-resnet50") for site in KNL), ("skylake-8160", "alexnet_bn", XEON)],
+)
+def test_the_profiles_have_the_seconds_of_the_comparison(site: str, model: str, name: str) -> None:
+    steps = json.loads((CALIBRATIONS / f"{name}.json").read_text())["step"]
+    assert load_site(site).micro_batch_seconds[model] == {
+        step["micro_batch"]: step["forward_backward_seconds"] for step in steps
+    }
 
 
 def test_the_calibrations_are_up_to_date_and_predict_the_same_nodes() -> None:
