@@ -83,6 +83,15 @@ def for_probe(kind: str, words: Sequence[str], host: str) -> list[str]:
     return on_hosts(kind, [own[0], *_FREE[kind], *own[1:], *program], [host], 1)
 
 
+def variables(kind: str, hosts: Sequence[str]) -> dict[str, str]:
+    """Return what to add to the environment of a launch on these hosts.
+
+    Slurm's PMIx plugin (seen with 22.05) counts a step's nodes within SLURM_JOB_NODELIST, and mixes them up where the
+    step leaves out the first of them: one start in ten then hangs in MPI_Init.
+    """
+    return {"SLURM_JOB_NODELIST": ",".join(hosts)} if kind == "srun" else {}
+
+
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The launcher's words, and those of a program such as numactl that follow them."""
     for i, word in enumerate(words):

@@ -75,6 +75,11 @@ def test_counts_side_by_side_run_at_once_on_nodes_of_their_own(
         assert call[-5:] == [f"train.global_batch={64 * int(n)}", "--run-dir", f"o ut/nodes-{n}", "--resume", "none"]
 
 
+def test_a_step_of_slurm_is_told_of_its_own_nodes_only(tmp_path: Path) -> None:
+    code, output, _ = run(tmp_path, "slurm", "srun", RUNS=RUNS.format("srun"), SIDE_BY_SIDE="1", AT_ONCE="2")
+    assert code == 0 and "env SLURM_JOB_NODELIST=b\\,c srun --relative=1 " in output, output
+
+
 def test_what_does_not_fit_beside_the_others_comes_after_them(tmp_path: Path) -> None:
     runs = RUNS.format("srun") + "3 nodes-3 192 srun -n 3\n"
     code, output, calls = run(tmp_path, "slurm", "srun", RUNS=runs, SIDE_BY_SIDE="1", AT_ONCE="2")

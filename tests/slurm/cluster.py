@@ -30,7 +30,8 @@ FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PRE
 FOREIGN = re.compile(r"(SLURM|SBATCH|SRUN|SQUEUE|SINFO|SCANCEL|PMI|OMPI_COMM|OMP_|TF_NUM|PRTE|PYTEST)")
 
 # A requeued job waits for cred_expire, by default two minutes; started by hand before that, it may be refused.
-# TmpFS: a folder a node, or PMIx's sockets of several nodes get in each other's way.
+# TmpFS: a folder a node, or PMIx's sockets of several nodes get in each other's way. SlurmdSpoolDir without %n: the
+# PMIx plugin sends messages between nodes to a socket there and leaves %n as it is. Each node mounts its own folder.
 SLURM_CONF = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -41,7 +42,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
+SlurmdSpoolDir={folder}/spool
 TmpFS={folder}/tmp/%n
 SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/%n.pid
@@ -232,7 +233,8 @@ class VirtualCluster:
     # Starting and stopping
 
     def _start(self) -> None:
-        for name in ("run", "log", "state", "spool", "tmp/jobs", *(f"tmp/{node}" for node in self.nodes)):
+        of_nodes = [f"{kind}/{node}" for kind in ("tmp", "spools") for node in self.nodes]
+        for name in ("run", "log", "state", "spool", "tmp/jobs", *of_nodes):
             (self.folder / name).mkdir(parents=True)
         port = self._reserve_ports(len(self.nodes) + 1)
         user = self.command("id", "-un").strip()
@@ -262,6 +264,7 @@ class VirtualCluster:
     def _start_node(self, node: str) -> None:
         # The shell is the first process there: it takes note of orphans that have ended, which slurmd would not.
         script = 'hostname "$1"; mount -t tmpfs -o mode=1777 tmpfs /dev/shm; mount --bind "$2/hosts" /etc/hosts\n'
+        script += 'mount --bind "$2/spools/$1" "$2/spool"\n'
         script += 'slurmd -D -N "$1" -f "$2/slurm.conf" & wait "$!"'
         own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._spawn(node, *own, "sh", "-euc", script, "sh", node, str(self.folder))

@@ -11,7 +11,7 @@ from hpctrain.errors import UserError
 from hpctrain.jobs.layout import launch_arguments, layout
 from hpctrain.jobs.site import load_site, site_names
 from hpctrain.supervise.hosts import Allocation, cancel_steps, down_in_slurm, find_allocation
-from hpctrain.supervise.launchers import family, for_probe, on_hosts, ranks_per_node, version_of
+from hpctrain.supervise.launchers import family, for_probe, on_hosts, ranks_per_node, variables, version_of
 from hpctrain.supervise.probe import Answer, read_answer, slownesses, telling_line, unfit
 from hpctrain.supervise.supervisor import Try, hopeless
 from hpctrain.supervise.training import newest_checkpoint, read_command
@@ -286,3 +286,8 @@ def test_a_run_is_finished_when_it_says_so_or_has_its_last_checkpoint(tmp_path: 
 )
 def test_a_program_that_fails_by_itself(tries: list[tuple[bool, bool]], expected: bool) -> None:
     assert hopeless([Try(1, lost, progressed) for lost, progressed in tries]) == expected
+
+
+def test_a_step_of_slurm_is_told_of_its_own_nodes_only() -> None:
+    assert variables("srun", ["n2", "n3"]) == {"SLURM_JOB_NODELIST": "n2,n3"}
+    assert variables("openmpi", ["n2", "n3"]) == {}
