@@ -10,13 +10,14 @@ JOBS ?= 2
 with_bin = PATH="$$(cd "$(PREFIX)" && pwd)/bin:$$PATH"
 install = ./install.sh --prefix "$(PREFIX)" $(if $(MPI),--mpi "$(MPI)") $(if $(PYTHON),--python "$(PYTHON)")
 
-.PHONY: help install demo test test-fast test-slow lint large-batch-study predictions clean
+.PHONY: help install demo test test-fast test-slow faults lint large-batch-study predictions clean
 
 help:
 	@echo 'make demo       set up .venv if need be, and train a small network on two ranks'
 	@echo 'make test       set up .venv if need be, check the style and the types, and run the tests'
 	@echo 'make test-fast  the tests that start no other processes'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make faults     a hundred jobs killed at random moments and resumed, and all other faults'
 	@echo 'make lint       style and types only'
 	@echo 'make large-batch-study   accuracy against batch for SGD and LARS, into docs/large-batch-study/'
 	@echo 'make predictions   the pages docs/prediction-*.md from what was published and measured'
@@ -46,6 +47,10 @@ test-fast:
 test-slow:
 	@$(install) --extras test
 	@$(with_bin) .ci/test slow
+
+faults:
+	@$(install) --extras test
+	@$(with_bin) .ci/test faults
 
 lint:
 	@$(install) --extras test

@@ -94,7 +94,10 @@ def train(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, resume:
         from hpctrain.training.dataset import open_data
 
         config = load_config(recipe, overrides)
-        world = start(deterministic=config.train.deterministic, threads=config.train.threads)
+        settings = config.train
+        world = start(
+            deterministic=settings.deterministic, threads=settings.threads, limit_seconds=settings.start_seconds
+        )
         config.micro_batches_a_rank(world.size)
         data = open_data(config, world)
         _import_tensorflow()
@@ -122,7 +125,10 @@ def evaluate(run: str, data: str | None, as_json: bool) -> None:
         if not path.exists() or home is None:
             raise UserError(f"{run} is no run directory (with a config.yaml) and no checkpoint of one")
         config = load_config(home / "config.yaml", [f"data.path={data}"] if data else [])
-        world = start(deterministic=config.train.deterministic, threads=config.train.threads)
+        settings = config.train
+        world = start(
+            deterministic=settings.deterministic, threads=settings.threads, limit_seconds=settings.start_seconds
+        )
         if config.data.path is None:
             raise UserError("the run has no data set of its own (synthetic data); give one with --data DIR")
         reader = open_split(config.data.path, "val", world)

@@ -60,6 +60,17 @@ class TrainConfig(Section):
     threads: int | None = Field(None, gt=0, description="TensorFlow threads a rank; from the cores it has when unset")
     compression: Literal["none", "bf16", "fp16"] = Field("none", description="number format of gradients on the wire")
     bucket_mb: float = Field(4.0, gt=0, description="megabytes of gradients that are reduced in one piece")
+    on_bad_step: Literal["stop", "skip"] = Field(
+        "stop", description="what a NaN or infinite loss or gradient, or a spike, does: end the run, or skip the update"
+    )
+    loss_spike: float | None = Field(
+        None, gt=1, description="a loss of more than so many times the median of the last 50 is bad; unset: none is"
+    )
+    start_seconds: float = Field(600.0, gt=0, description="for all ranks to come up in MPI before the job ends")
+    check_weights_every: int = Field(
+        1000, ge=0, description="steps between two checks that all ranks have the same weights; 0: only at checkpoints"
+    )
+    stall_seconds: float = Field(60.0, gt=0, description="without progress, beyond a usual step, before the job ends")
 
 
 class OptimizerConfig(Section):

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import time
@@ -11,12 +12,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from hpctrain.errors import UserError
+from hpctrain.parallel.deadline import ends_within
 from hpctrain.parallel.launch import Place, Plan, launcher_rank, launcher_size, plan_rank, set_environment, this_place
 
 T = TypeVar("T")
 
+START_SECONDS = 600.0  # thousands of ranks may load Python from one file system
 _ROOT_SPEAKS_FIRST_SECONDS = 3.0
 _LAUNCHER_READS_SECONDS = 0.5
+_OUT_OF_MEMORY = ("MemoryError", "ResourceExhaustedError")  # the latter is TensorFlow's
+_END_SECONDS = 5  # then the system ends the process
 
 
 @dataclass(frozen=True)
@@ -86,19 +91,28 @@ def alone(threads: int = 1) -> World:
     return World(0, 1, place.host, (place,), (Plan(threads, place.cpus, "alone"),), None, "no MPI")
 
 
-def start(*, deterministic: bool = False, threads: int | None = None) -> World:
-    """Start MPI and settle threads and binding. To be called before TensorFlow is imported."""
+def start(*, deterministic: bool = False, threads: int | None = None, limit_seconds: float = START_SECONDS) -> World:
+    """Start MPI and settle threads and binding. To be called before TensorFlow is imported.
+
+    Where not all ranks have come up after `limit_seconds`, this one says so and is killed.
+    """
     set_environment(deterministic)
+    host = socket.gethostname()
     import mpi4py
 
     mpi4py.rc.thread_level = "multiple"  # Horovod communicates from a thread of its own
-    from mpi4py import MPI
+    late = (
+        f"hpctrain: MPI has not started within {limit_seconds:g} s ({_where()}): not all ranks have come up, or they "
+        "do not hear of each other; start the job again, and if it stays so try another launcher (mpirun instead of "
+        "srun, another srun --mpi) or a longer train.start_seconds"
+    )
+    with ends_within(limit_seconds, late):
+        from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD
-    host = socket.gethostname()
-    places = tuple(comm.allgather(this_place(host)))
-    plan = plan_rank(places, comm.Get_rank(), threads)  # each its own: thousands of them take time
-    plans = tuple(comm.allgather(plan))
+        comm = MPI.COMM_WORLD
+        places = tuple(comm.allgather(this_place(host)))
+        plan = plan_rank(places, comm.Get_rank(), threads)  # each its own: thousands of them take time
+        plans = tuple(comm.allgather(plan))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, plan.cpus)
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))
@@ -118,13 +132,16 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         end_with_mistake(str(error))
     except KeyboardInterrupt:
-        _end(f"hpctrain: interrupted ({_where()})", 130)
+        end_job(f"hpctrain: interrupted ({_where()})", 130)
     except BaseException as error:
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             code = error.code
+        elif type(error).__name__ in _OUT_OF_MEMORY:
+            cure = "take a smaller train.micro_batch or fewer ranks a node, and start again"
+            end_job(f"hpctrain: out of memory ({_where()}): {_first_line(error)}; {cure}", 1)
         else:
             traceback.print_exc()
-            _end(f"hpctrain: {type(error).__name__}: {_first_line(error)} ({_where()})", 1)
+            end_job(f"hpctrain: {type(error).__name__}: {_first_line(error)} ({_where()})", 1)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -137,9 +154,9 @@ def end_with_mistake(message: str) -> NoReturn:
     themselves if they turn out to be alone with it, as with a shard that one node cannot read.
     """
     if launcher_rank() == 0:
-        _end(f"hpctrain: error: {message}", 2)
+        end_job(f"hpctrain: error: {message}", 2)
     time.sleep(_ROOT_SPEAKS_FIRST_SECONDS)
-    _end(f"hpctrain: error: {message} ({_where()})", 2)
+    end_job(f"hpctrain: error: {message} ({_where()})", 2)
 
 
 def _where() -> str:
@@ -150,8 +167,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
-def _end(message: str, code: int) -> NoReturn:
-    """Print the reason and end this process at once, and all others with it when MPI runs."""
+def end_job(message: str, code: int) -> NoReturn:
+    """Print the reason and end this process at once, and all others with it when MPI runs. Works from any thread."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(_END_SECONDS)  # an abort that hangs, as in a thread of MPI's, does not keep this process
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if "mpi4py.MPI" in sys.modules:

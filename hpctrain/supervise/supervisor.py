@@ -12,6 +12,7 @@ from hpctrain.supervise.child import Child, StopFlag, pause
 from hpctrain.supervise.hosts import Allocation, cancel_steps, down_in_slurm
 from hpctrain.supervise.probe import Answer, Prober, slownesses, unfit
 from hpctrain.supervise.training import Training, last_sign_of_life, newest_checkpoint
+from hpctrain.training.lock import FILE_NAME as LOCK
 from hpctrain.training.stop import EXIT_PREEMPTED, job_end_time
 
 EXIT_MISTAKE = 2
@@ -197,7 +198,9 @@ class Supervisor:
         message = f"try {number} of at most {self._options.tries} on {_names(hosts)}"
         self._account.tell("launch", message, hosts, **{"try": number, "command": command})
         try:
-            child = Child(command, self._env)
+            if number > 1:  # who held the run directory has ended, and need not be waited for
+                (self._training.run_dir / LOCK).unlink(missing_ok=True)
+            child = Child(command, self._env | launchers.variables(self._kind, hosts))
         except OSError as error:
             self._account.tell("launch failed", f"{command[0]} cannot be started: {error.strerror}", hosts)
             return EXIT_MISTAKE

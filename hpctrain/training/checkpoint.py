@@ -60,10 +60,14 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written; raise what went wrong in the background as UserError."""
+        """Return when nothing is being written; raise as `check` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background so far as UserError, without waiting."""
         if self._error is not None:
             error, self._error = self._error, None
             if isinstance(error, OSError):
@@ -75,6 +79,12 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
+            bad = [name for name, array in [*checkpoint.model.items(), *checkpoint.optimizer.items()] if _is_bad(array)]
+            if bad:
+                raise CheckpointError(
+                    f"{bad[0]} holds NaN or infinite values after step {checkpoint.step}, which is not saved; lower "
+                    "optimizer.learning_rate, then start the run again: it resumes from the last checkpoint"
+                )
             write_checkpoint(self.directory, checkpoint)
             # Later ones are of a try that this run has turned back from: they are not its newest.
             found = list_checkpoints(self.directory)
@@ -82,7 +92,8 @@ class CheckpointWriter:
             for folder in found:
                 if folder not in newest:
                     _remove(folder)
-        except BaseException as error:  # raised in the main thread by wait()
+        except BaseException as error:  # raised in the main thread
+            _remove_unfinished(self.directory)  # it takes room that the metrics of this run may need
             self._error = error
 
 
@@ -91,8 +102,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"{_PREFIX}{checkpoint.step:08d}"
     temporary = directory / f".{final.name}.tmp"
-    for leftover in directory.glob(f".{_PREFIX}*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_unfinished(directory)  # of a run that was killed
     temporary.mkdir()
     files = {}
     for name, arrays in (("model.npz", checkpoint.model), ("optimizer.npz", checkpoint.optimizer)):
@@ -202,6 +212,15 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         os.rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for leftover in directory.glob(f".{_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_bad(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" and not np.isfinite(array).all()
 
 
 def _crc32_of_state(state: Mapping[str, Any]) -> int:

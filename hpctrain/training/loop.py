@@ -1,30 +1,42 @@
 """The training run, from top to bottom: resume, step, log, evaluate, checkpoint, stop."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hpctrain.config import Config
-from hpctrain.errors import UserError
-from hpctrain.parallel.world import World
+from hpctrain.data.reader import ShardReader
+from hpctrain.parallel.world import World, end_with_mistake
 from hpctrain.training import session
+from hpctrain.training.agreement import check_agreement
+from hpctrain.training.bad_steps import BadSteps, GuardedStep, bad_step_error
 from hpctrain.training.checkpoint import (
     Checkpoint,
-    CheckpointError,
     CheckpointWriter,
     arrays_to_variables,
-    latest_checkpoint,
     list_checkpoints,
-    read_checkpoint,
     variables_to_arrays,
 )
-from hpctrain.training.console import Console
 from hpctrain.training.dataset import DataSet, skipped_records
-from hpctrain.training.run_dir import MetricsLog, new_run_dir, prepare_run_dir, read_metrics
-from hpctrain.training.step import TrainStep, model_state
+from hpctrain.training.lock import RunLock
+from hpctrain.training.resume import check_identity, find_checkpoint, run_identity
+from hpctrain.training.run_dir import MetricsLog, last_losses, new_run_dir, prepare_run_dir, read_metrics
+from hpctrain.training.step import model_state
 from hpctrain.training.stop import EXIT_PREEMPTED, StopRequest, job_end_time
-from hpctrain.training.timing import StepTimes, TimedReducer
+from hpctrain.training.timing import SlowHosts, StepTimes, TimedReducer
+from hpctrain.training.watch import check_same_weights, summarize
+from hpctrain.training.watchdog import (
+    EVALUATE,
+    INPUT,
+    SAVE,
+    STEP,
+    TimedConsole,
+    Watchdog,
+    Watched,
+    give_horovod_time,
+)
 
 _SKIPPED_SHOWN = 20  # damaged records named at the end of a run; metrics.jsonl has all
 
@@ -35,7 +47,18 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
     `resume` is `auto` (the run directory's newest good checkpoint, if any), `none`, or the path of a checkpoint or
     of another run directory. Raises UserError on every rank for what the user can mend.
     """
+    with contextlib.ExitStack() as cleanup:
+        return _train(config, world, data, run_dir, resume, cleanup)
+
+
+def _train(
+    config: Config, world: World, data: DataSet, run_dir: Path | None, resume: str, cleanup: contextlib.ExitStack
+) -> int:
+    check_agreement(world, config)
     micro_batches = config.micro_batches_a_rank(world.size)
+    give_horovod_time(config.train.stall_seconds)
+    stop = StopRequest(job_end_time(), config.checkpoint.stop_margin_seconds)
+    cleanup.callback(stop.close)
     threads = world.plan.threads
     session.configure_tensorflow(config, threads)
     schedule = session.build_schedule(config, data.num_records)
@@ -50,7 +73,7 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
         compression=config.train.compression,
         deterministic=config.train.deterministic,
     )
-    train_step = TrainStep(
+    train_step = GuardedStep(
         model,
         optimizer,
         reducer,
@@ -64,11 +87,15 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
     # Rank 0 alone touches the run directory.
     facts = {"num_records": data.num_records, "num_classes": data.num_classes, "parameters": model.count_params()}
     identity = run_identity(config, data.num_records, data.num_classes)
-    console = Console(world.is_root)
+    console = TimedConsole(world.is_root)
     model_variables = [*model.trainable_variables, *model_state(model)]
+    all_variables = [*model_variables, *optimizer.variables]
 
-    def open_run() -> tuple[Path, int]:
+    def open_run() -> tuple[Path, int, list[float | None]]:
         path = run_dir or new_run_dir(config.name)
+        lock = RunLock(path)
+        lock.acquire(console.line, lambda reason: end_with_mistake(f"{reason}; this job ends"))
+        cleanup.callback(lock.release)
         checkpoint, complaints = find_checkpoint(path, resume)
         for complaint in complaints:
             console.line(f"warning: {complaint}; going back to an earlier checkpoint")
@@ -77,10 +104,17 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
             arrays_to_variables(checkpoint.model, model_variables, "model")
             arrays_to_variables(checkpoint.optimizer, optimizer.variables, "optimizer")
         prepare_run_dir(path, config, world, facts)  # last: a refused resume leaves the run as it was
-        return path, checkpoint.step if checkpoint else 0
+        step = checkpoint.step if checkpoint else 0
+        return path, step, last_losses(path, step)
 
-    path, done = world.from_root(open_run)
-    reducer.broadcast([variable.value for variable in (*model_variables, *optimizer.variables)])
+    path, done, losses = world.from_root(open_run)
+    bad_steps = BadSteps(config.train.loss_spike, losses)
+    watch = Watchdog(world, path / "stacks", config.train.stall_seconds)
+    cleanup.callback(watch.close)
+    if evaluator:
+        evaluator.reader = cast(ShardReader, Watched(evaluator.reader, watch.sign))
+    watch.keep_alive_line(console)
+    reducer.broadcast([variable.value for variable in all_variables])
     log = MetricsLog(path, from_step=done, tensorboard=config.log.tensorboard) if world.is_root else None
     writer = CheckpointWriter(path / "checkpoints", config.checkpoint.keep)
 
@@ -94,6 +128,7 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
     def evaluate(step: int) -> None:
         if evaluator is None:
             return
+        watch.at(EVALUATE, step)
         started = time.perf_counter()
         result = evaluator()
         seconds = time.perf_counter() - started
@@ -115,6 +150,7 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
     def save(step: int, must: bool) -> None:
         if log is None:
             return
+        watch.at(SAVE, step)
         log.flush()
         if writer.busy and not must:
             # Waiting here would keep all ranks waiting in the next allreduce, in the end for too long.
@@ -143,26 +179,30 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
         console.line(f"the run is at step {done} already; nothing is left to train")
         return 0
 
-    stop = StopRequest(job_end_time(), config.checkpoint.stop_margin_seconds)
     batches, bad_records = session.training_batches(
         config, data, world, first_step=done + 1, last_step=last_step, threads=threads
     )
-    batches = _Timed(batches)
-    times = StepTimes(world)
+    batches = _Timed(batches, lambda place: watch.at(place, step))
+    times, slow_hosts = StepTimes(world), SlowHosts()
     console.start_progress(last_step, done)
     run_started = time.perf_counter()
-    step, stopped = done, False
+    step, saved, stopped, failed = done, done, False, False
     while step < last_step and not stopped:
         step += 1
         rate = schedule(step)
         batches.seconds = 0.0
+        show = step % config.log.every_steps == 0 or step == last_step
+        train_step.norms.want(show)
+        train_step.set_limit(bad_steps.limit)
         started = time.perf_counter()
         result = train_step(step, batches, rate, stop.requested)
         step_seconds = time.perf_counter() - started
         stopped = result.stop
-        show = step % config.log.every_steps == 0 or step == last_step
+        writer.check()
         times.add(step_seconds, batches.seconds, reducer.reduce_seconds)
         timing = times.collect() if show or stopped or times.full else None
+        for warning in slow_hosts.find(timing) if timing else ():
+            console.line(f"warning: {warning}")
         if log:
             values = {
                 "epoch": epoch_of(step),
@@ -175,6 +215,8 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
             }
             if timing:
                 values["timing"] = timing
+            if show:
+                values["watch"] = summarize(train_step.norms.norms(), train_step.weights, optimizer)
             log.write("train", step, values, tensorboard=show)
             note = f"loss {result.loss:.4f}  {values['images_per_second']:.1f} images/s"
             console.progress(step, note)
@@ -183,30 +225,46 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
                     f"step {step}/{last_step}  epoch {epoch_of(step):.2f}  loss {result.loss:.4f}  "
                     f"top-1 {result.top1:.2%}  rate {rate:.4g}  {values['images_per_second']:.1f} images/s"
                 )
+        wrong = bad_steps.add(result)
+        if wrong:
+            failed = config.train.on_bad_step == "stop" or bad_steps.too_many
+            if failed:
+                break
+            console.line(f"warning: the update of step {step} is left out: {wrong}")
         at_end = step == last_step or stopped
-        every_steps = config.checkpoint.every_steps
-        if at_end or (step % every_steps == 0 if every_steps else every(1.0, step)):
+        if at_end:
+            watch.ending()
+        every_steps, check_every = config.checkpoint.every_steps, config.train.check_weights_every
+        saving = at_end or (step % every_steps == 0 if every_steps else every(1.0, step))
+        if saving or (check_every and step % check_every == 0):
+            check_same_weights(step, all_variables, world)
+        if saving:
             save(step, must=at_end)
+            saved = step
         if step == last_step or (every(config.evaluate.every_epochs, step) and not stopped):
             evaluate(step)
 
-    finished = step == last_step
+    watch.ending()
     console.stop_progress()
+    if failed and step - 1 > saved:
+        check_same_weights(step - 1, all_variables, world)
+        save(step - 1, must=True)  # the bad step has changed nothing
     writer.wait()
     seconds = time.perf_counter() - run_started
-    reason = "finished" if finished else "preempted"
+    reason = "bad step" if failed else "finished" if step == last_step else "preempted"
     skipped = skipped_records(data.train, bad_records, world)
     skipped += skipped_records(data.val, evaluator.bad_records if evaluator else set(), world)
     if log:
         end = {"epoch": epoch_of(step), "reason": reason, "train_seconds": seconds, "skipped_records": skipped}
-        log.write("end", step, end)
+        log.write("end", step, end | {"skipped_updates": bad_steps.count})
         log.close()
+    if failed:
+        raise bad_step_error(step, wrong, train_step, world, world.from_root(lambda: _newest_checkpoint(path)))
     why = next((r for r in world.allgather(stop.reason) if r), "asked to")
-    stop.close()
     if skipped:
         more = f" and {len(skipped) - _SKIPPED_SHOWN} more" if len(skipped) > _SKIPPED_SHOWN else ""
         console.line(f"{len(skipped)} damaged records were skipped: {', '.join(skipped[:_SKIPPED_SHOWN])}{more}")
-    if finished:
+    if step == last_step:
         console.line(f"finished step {step} after {seconds:.1f} s; `hpctrain report {path} --out DIR` draws it")
         return 0
     console.line(
@@ -216,69 +274,9 @@ def train(config: Config, world: World, data: DataSet, run_dir: Path | None = No
     return EXIT_PREEMPTED
 
 
-def find_checkpoint(run_dir: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint to start from (None for a new run) and complaints about damaged ones passed over."""
-    if resume == "none":
-        if list_checkpoints(run_dir / "checkpoints"):
-            raise UserError(
-                f"{run_dir} already holds a run with checkpoints; choose another --run-dir, "
-                "or --resume auto to continue"
-            )
-        return None, []
-    if resume == "auto" or list_checkpoints(run_dir / "checkpoints"):
-        # Where a run began from another one's checkpoint, its own are what it goes on from once it has any.
-        checkpoint, complaints = latest_checkpoint(run_dir / "checkpoints")
-        if checkpoint is None and complaints:
-            raise UserError(
-                f"no checkpoint of {run_dir} can be read: {complaints[0]}; to start anew use another --run-dir"
-            )
-        return checkpoint, complaints
-    return load_checkpoint(Path(resume))
-
-
-def load_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
-    """Read a checkpoint folder, or the newest good one of a run directory; return it and complaints about newer ones.
-
-    Raises UserError when there is none.
-    """
-    if not path.exists():
-        raise UserError(f"there is no checkpoint or run directory {path}")
-    if (path / "state.json").exists():
-        return read_checkpoint(path), []
-    checkpoint, complaints = latest_checkpoint(path / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(
-            complaints[0] if complaints else f"{path} holds no checkpoint; expected a run directory or a step-* folder"
-        )
-    return checkpoint, complaints
-
-
-def run_identity(config: Config, num_records: int, num_classes: int) -> dict[str, Any]:
-    """What must be the same for a run to go on exactly where a checkpoint left off."""
-    return {
-        "model.name": config.model.name,
-        "model.image_size": config.model.image_size,
-        "train.global_batch": config.train.global_batch,
-        "train.micro_batch": config.train.micro_batch,
-        "train.seed": config.train.seed,
-        "train.precision": config.train.precision,
-        "optimizer.name": config.optimizer.name,
-        "data.partitions": config.data.partitions,
-        "data.shuffle_block": config.data.shuffle_block,
-        "data.augmentation": config.data.augmentation,
-        "number of training records": num_records,
-        "model.num_classes": num_classes,
-    }
-
-
-def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UserError when a checkpoint belongs to a run of another kind."""
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"the checkpoint was made with {key} {before.get(key)}, now it is {value}; "
-                "set it back, or start a new run in another --run-dir"
-            )
+def _newest_checkpoint(run_dir: Path) -> str:
+    """The name of the newest checkpoint, empty if there is none."""
+    return next((path.name for path in reversed(list_checkpoints(run_dir / "checkpoints"))), "")
 
 
 def _has_evaluation(run_dir: Path, step: int) -> bool:
@@ -291,17 +289,19 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
 
 
 class _Timed:
-    """Iterator that adds up the time its consumer waits for it."""
+    """Iterator that adds up the time its consumer waits for it, and tells when the consumer comes and goes."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterator[Any], at: Callable[[int], None]) -> None:
+        self._batches, self._at = batches, at
         self.seconds = 0.0
 
     def __iter__(self) -> "_Timed":
         return self
 
     def __next__(self) -> Any:
+        self._at(INPUT)
         started = time.perf_counter()
         batch = next(self._batches)
         self.seconds += time.perf_counter() - started
+        self._at(STEP)
         return batch

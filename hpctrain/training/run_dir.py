@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -107,9 +108,12 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, from_step: int, tensorboard: bool) -> None:
         """Open the log of a run that continues after step `from_step`; what an earlier try wrote beyond it goes."""
         self._path = run_dir / "metrics.jsonl"
-        if self._path.exists():
-            _drop_later(self._path, from_step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        try:
+            if self._path.exists():
+                _drop_later(self._path, from_step)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        except OSError as error:
+            raise self._mistake(error) from None
         self._flushed = time.monotonic()
         self._tensorboard = None
         if tensorboard:
@@ -118,8 +122,19 @@ class MetricsLog:
             self._tensorboard = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any], *, tensorboard: bool = False) -> None:
-        """Append one line, and its numbers to TensorBoard where wanted. On disk within a second or so."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        """Append one line, and its numbers to TensorBoard where wanted. On disk within a second or so.
+
+        JSON has no NaN and no infinity: such values are written as null, and `nonfinite` names their keys. Raises
+        UserError when the file cannot be written.
+        """
+        record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
+        bad = [name for name, value in values.items() if record[name] != value]
+        if bad:
+            record["nonfinite"] = bad
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise self._mistake(error) from None
         if tensorboard and self._tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -129,7 +144,10 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Hand everything written so far to the file system."""
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise self._mistake(error) from None
         self._flushed = time.monotonic()
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -140,6 +158,21 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _mistake(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path} could not be written ({error.strerror or error}); make room or choose another --run-dir, "
+            "then start the run again: it resumes from its last checkpoint"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every NaN and infinity in it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_scalar(writer: Any, tag: str, value: float, step: int) -> None:
@@ -162,6 +195,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
     return lines
+
+
+def last_losses(run_dir: Path, step: int, count: int = 50) -> list[float | None]:
+    """Return the losses of the last `count` training steps up to `step` that a run has logged, None for NaN."""
+    path = run_dir / "metrics.jsonl"
+    if step == 0 or not path.exists():
+        return []
+    return [line["loss"] for line in read_metrics(path) if line["kind"] == "train" and line["step"] <= step][-count:]
 
 
 def _drop_later(path: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from hpctrain.parallel.world import World
 from hpctrain.training import session
 from hpctrain.training.checkpoint import Checkpoint, arrays_to_variables
 from hpctrain.training.dataset import skipped_records
-from hpctrain.training.loop import load_checkpoint
+from hpctrain.training.resume import load_checkpoint
 from hpctrain.training.step import model_state
 
 

@@ -15,7 +15,7 @@ has waited for the slowest. Clocks of different hosts are never compared.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from hpctrain.parallel.reduce import Reducer
 from hpctrain.parallel.world import World
 
 _HOSTS_NAMED = 5
+_SLOW_FACTOR = 1.5  # times the usual rank
 _STEPS_HELD = 50  # of thousands of ranks, in rank 0's memory
 
 
@@ -106,7 +107,8 @@ def breakdown(times: np.ndarray, hosts: Sequence[str]) -> dict[str, Any]:
     (how many); `input_seconds`, `compute_seconds`, `straggler_seconds`, `exposed_seconds`, means over ranks and steps,
     which add up to the mean step; `slowest_compute_seconds`, of the slowest rank of each step; `hosts`, at most five,
     the slowest first: `host`, `own_seconds` (input and compute of its slowest rank, mean of the steps), `last` (in how
-    many steps a rank of it came last); `mean_own_seconds`, of all ranks, to compare these with.
+    many steps a rank of it came last); to compare these with, `mean_own_seconds` and `usual_own_seconds` (the median)
+    of all ranks.
     """
     wait, compute, reduce = times[..., 0], times[..., 1], times[..., 2]
     exposed = reduce.min(0)
@@ -125,7 +127,27 @@ def breakdown(times: np.ndarray, hosts: Sequence[str]) -> dict[str, Any]:
         "slowest_compute_seconds": _seconds(compute.max(0).mean()),
         "hosts": [{"host": h, "own_seconds": _seconds(slowest[h]), "last": last.count(h)} for h in ranking],
         "mean_own_seconds": _seconds(own.mean()),
+        "usual_own_seconds": _seconds(np.sort(own)[(len(own) - 1) // 2]),  # of two, the faster
     }
+
+
+class SlowHosts:
+    """Finds hosts that need much longer than the usual one; each is told of once, and again after it has recovered."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def find(self, timing: Mapping[str, Any]) -> list[str]:
+        """Return a sentence for each host that has become slow, from what `breakdown` returned."""
+        usual = timing["usual_own_seconds"]
+        slow = {h["host"]: h["own_seconds"] for h in timing["hosts"] if h["own_seconds"] > _SLOW_FACTOR * usual}
+        new = sorted(slow.keys() - self._told)
+        self._told = set(slow)
+        return [
+            f"{host} is slow: {slow[host]:.3g} s a step for its input and computing, usual are {usual:.3g} s; "
+            "all others wait for it (`hpctrain doctor` compares hosts)"
+            for host in new
+        ]
 
 
 def _seconds(value: float) -> float:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hpctrain.training.timing import breakdown
+from hpctrain.training.timing import SlowHosts, breakdown
 
 PARTS = ("input_seconds", "compute_seconds", "straggler_seconds", "exposed_seconds")
 
@@ -19,6 +19,7 @@ def test_two_ranks_by_hand() -> None:
     assert [found[part] for part in PARTS] == pytest.approx([0.05, 1.05, (0.3 + 0.1) / 4, 0.2])
     assert found["slowest_compute_seconds"] == pytest.approx((1.3 + 1.0) / 2)
     assert found["steps"] == 2 and found["mean_own_seconds"] == pytest.approx(1.1)
+    assert found["usual_own_seconds"] == pytest.approx(1.05)
     assert found["hosts"] == [
         {"host": "beta", "own_seconds": 1.15, "last": 1},
         {"host": "alpha", "own_seconds": 1.05, "last": 1},
@@ -52,3 +53,19 @@ def test_the_parts_add_up_to_the_mean_step(times: np.ndarray) -> None:
     assert sum(found[part] for part in PARTS) == pytest.approx(times.sum(2).mean(), abs=1e-6)
     assert all(found[part] >= 0 for part in PARTS)
     assert sum(entry["last"] for entry in found["hosts"]) <= times.shape[1]
+
+
+def test_a_slow_host_is_told_of_once_until_it_has_recovered() -> None:
+    def timing(*seconds: float) -> dict[str, object]:
+        times = np.zeros((len(seconds), 1, 3))
+        times[:, 0, 1] = seconds
+        times[:, 0, 2] = 100.0 - times[:, 0, 1]
+        return breakdown(times, [f"n{i}" for i in range(len(seconds))])
+
+    slow_hosts = SlowHosts()
+    assert slow_hosts.find(timing(1.0, 1.1, 1.4)) == []
+    (told,) = slow_hosts.find(timing(1.0, 1.1, 11.0))
+    assert told.startswith("n2 is slow: 11 s a step") and "usual are 1.1 s" in told
+    assert slow_hosts.find(timing(1.0, 1.1, 11.0)) == []
+    assert slow_hosts.find(timing(1.0, 1.1, 1.1)) == []
+    assert len(slow_hosts.find(timing(1.0, 5.0, 11.0, 1.0, 1.0))) == 2
