@@ -93,8 +93,9 @@ class CheckpointWriter:
                 if folder not in newest:
                     _remove(folder)
         except BaseException as error:  # raised in the main thread
-            _remove_unfinished(self.directory)  # it takes room that the metrics of this run may need
             self._error = error
+            if isinstance(error, OSError):
+                _remove_unfinished(self.directory)  # it takes room that the metrics of this run may need
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:

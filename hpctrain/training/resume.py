@@ -13,6 +13,7 @@ from hpctrain.training.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from hpctrain.training.run_dir import read_metrics
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
@@ -78,3 +79,14 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"the checkpoint was made with {key} {before.get(key)}, now it is {value}; "
                 "set it back, or start a new run in another --run-dir"
             )
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Return the name of the newest checkpoint, empty if there is none."""
+    return next((path.name for path in reversed(list_checkpoints(run_dir / "checkpoints"))), "")
+
+
+def has_evaluation(run_dir: Path, step: int) -> bool:
+    """Whether the run has logged an evaluation after this step."""
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and any(m["kind"] == "eval" and m["step"] == step for m in read_metrics(path))

@@ -10,7 +10,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -205,3 +205,22 @@ class TimedConsole(Console):
         """See Console."""
         self._spoke = time.monotonic()
         super().line(text)
+
+
+class TimedBatches:
+    """Iterator that adds up the time its consumer waits for it, and tells when the consumer comes and goes."""
+
+    def __init__(self, batches: Iterator[Any], at: Callable[[int], None]) -> None:
+        self._batches, self._at = batches, at
+        self.seconds = 0.0
+
+    def __iter__(self) -> "TimedBatches":
+        return self
+
+    def __next__(self) -> Any:
+        self._at(INPUT)
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.seconds += time.perf_counter() - started
+        self._at(STEP)
+        return batch
