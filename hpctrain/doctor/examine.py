@@ -81,8 +81,7 @@ def examine(
 def _start() -> tuple[World, str]:
     """Start MPI, or go on alone with the reason why that cannot be done."""
     try:
-        with ended_after(_MPI_START_SECONDS, "the start of MPI on all ranks", launcher_rank() == 0):
-            return start(), ""
+        return start(limit_seconds=_MPI_START_SECONDS), ""
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         if launcher_rank() > 0:
             sys.exit(1)  # rank 0 tells

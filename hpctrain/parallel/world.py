@@ -103,8 +103,8 @@ def start(*, deterministic: bool = False, threads: int | None = None, limit_seco
     mpi4py.rc.thread_level = "multiple"  # Horovod communicates from a thread of its own
     late = (
         f"hpctrain: MPI has not started within {limit_seconds:g} s ({_where()}): not all ranks have come up, or they "
-        "do not hear of each other; start the job again, and if it stays so try another launcher (mpirun instead of "
-        "srun, another srun --mpi) or a longer train.start_seconds"
+        "do not hear of each other; start it again, and if it stays so with another launcher (mpirun instead of "
+        "srun, another srun --mpi)"
     )
     with ends_within(limit_seconds, late):
         from mpi4py import MPI
