@@ -10,7 +10,7 @@ JOBS ?= 2
 with_bin = PATH="$$(cd "$(PREFIX)" && pwd)/bin:$$PATH"
 install = ./install.sh --prefix "$(PREFIX)" $(if $(MPI),--mpi "$(MPI)") $(if $(PYTHON),--python "$(PYTHON)")
 
-.PHONY: help install demo test test-fast test-slow faults lint large-batch-study predictions clean
+.PHONY: help install demo test test-fast test-slow faults lint large-batch-study predictions bench clean
 
 help:
 	@echo 'make demo       set up .venv if need be, and train a small network on two ranks'
@@ -21,6 +21,8 @@ help:
 	@echo 'make lint       style and types only'
 	@echo 'make large-batch-study   accuracy against batch for SGD and LARS, into docs/large-batch-study/'
 	@echo 'make predictions   the pages docs/prediction-*.md from what was published and measured'
+	@echo 'make bench      side by side with what one would run instead, into docs/benchmarks-peers.md, under 40 minutes;'
+	@echo '                QUICK=1: the essential in under 8 minutes, into build/'
 	@echo 'make install    set up only, without the extras of the demo and the tests'
 	@echo 'make clean      remove what tests, tools and builds left behind; keeps .venv'
 	@echo
@@ -66,6 +68,11 @@ predictions:
 	@$(with_bin) python -m benchmarks.published_prediction
 	@$(with_bin) python -m benchmarks.emulated_prediction --page-only
 	@$(with_bin) python -m benchmarks.held_out_prediction
+
+# PyTorch is large and only for comparison: where it cannot be had, the rest is measured without it.
+bench:
+	@$(install) --extras bench || $(install)
+	@$(with_bin) python -m benchmarks.peers $(if $(QUICK),--quick --out build)
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

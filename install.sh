@@ -36,7 +36,7 @@ it again on a finished environment does nothing; running it again after an inter
   --mpi system        the MPI whose mpicc is first on PATH, for example after `module load openmpi`
   --mpi /PATH/mpicc   the MPI that this compiler wrapper belongs to; its mpicxx must lie beside it
   --python PYTHON     the Python to build on, 3.10 to 3.13 (default: python3 if it is one, else the newest found)
-  --extras LIST       of demo and test, comma-separated; they add to what an earlier run installed
+  --extras LIST       of demo, test and bench, comma-separated; they add to what an earlier run installed
   --wheels DIR        where compiled wheels are kept (default: $HPCTRAIN_WHEELS, else ~/.cache/hpctrain/wheels)
   --editable          use the sources in this folder where they are (the default for .venv beside this script)
   --no-editable       copy them (the default for any other prefix)
@@ -106,7 +106,8 @@ if [[ -z $editable ]]; then
   [[ $prefix == "$source_dir/.venv" ]] && editable=yes
 fi
 for extra in ${extras//,/ }; do
-  [[ $extra == demo || $extra == test ]] || refuse "unknown extra '$extra'; there are demo and test."
+  [[ $extra == demo || $extra == test || $extra == bench ]] ||
+    refuse "unknown extra '$extra'; there are demo, test and bench."
 done
 
 readonly log=$prefix/hpctrain-install.log

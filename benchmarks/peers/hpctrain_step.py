@@ -1,0 +1,59 @@
+"""hpctrain: the trainer's own step through its public parts, alone, under mpirun, or beside others of its kind."""
+
+from benchmarks.peers.work import parse_work, time_steps
+
+
+def main() -> None:
+    """Train as `hpctrain train` does, with SGD with momentum, which the others have too."""
+    work = parse_work()
+    from hpctrain.config import load_config
+    from hpctrain.parallel.launch import launcher_size
+    from hpctrain.parallel.quiet import import_tensorflow
+    from hpctrain.parallel.world import start
+
+    config = load_config(
+        "demo",
+        [
+            f"model.name={work.model}",
+            f"model.image_size={work.image_size}",
+            f"model.num_classes={work.classes}",
+            "data.path=null",
+            "data.synthetic=true",
+            f"train.micro_batch={work.micro_batch}",
+            f"train.global_batch={work.micro_batch * launcher_size()}",
+            f"train.precision={work.precision}",
+            f"train.threads={work.threads}",
+            "optimizer.name=sgd",
+        ],
+    )
+    world = start(threads=config.train.threads)
+    import_tensorflow()
+    from hpctrain.data.synthetic import synthetic_batches
+    from hpctrain.models.flops import describe
+    from hpctrain.training import session
+    from hpctrain.training.step import TrainStep
+    from hpctrain.training.timing import TimedReducer
+
+    session.configure_tensorflow(config, world.plan.threads)
+    model = session.build_model(config, work.classes)
+    reducer = TimedReducer(
+        world, bucket_bytes=config.train.bucket_mb * 1e6, compression=config.train.compression, deterministic=False
+    )
+    train_step = TrainStep(model, session.build_optimizer(config), reducer, micro_batches=1, seed=config.train.seed)
+    reducer.broadcast([variable.value for variable in model.variables])
+    batches = synthetic_batches(
+        micro_batch=work.micro_batch, image_size=work.image_size, num_classes=work.classes, seed=world.rank
+    )
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        train_step(count, batches, 1e-6)
+
+    forward_flops = describe(model)["flops_per_image"]
+    time_steps(work, step, flops_per_image=3 * forward_flops)
+
+
+if __name__ == "__main__":
+    main()

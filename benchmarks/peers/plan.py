@@ -1,0 +1,211 @@
+"""Who runs against whom, and what is to be reached."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+PEAK_GFLOPS_A_CORE = {"float32": 256, "mixed_bfloat16": 512}  # AVX-512 and AMX as found on the machines this is for
+
+Launch = Literal["one process", "mpirun", "processes"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One program, and how it is started: by itself, by mpirun, or as processes that find each other."""
+
+    name: str
+    program: tuple[str, ...]  # arguments of Python
+    launch: Launch = "one process"
+    processes: int = 1
+    threads: int = 1  # of each process
+    micro_batch: int = 0  # of each process
+    quick: bool = False  # part of the quick run too
+    rounds: int = 99  # no more than so many
+    environment: dict[str, str] = field(default_factory=dict)
+    needs_torch: bool = False
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of two contenders of a group; `limit` is the least it is to be, or the most where that is said."""
+
+    above: str
+    below: str
+    measure: Literal["images_per_second", "peak_rss_mb"] = "images_per_second"
+    limit: float | None = None
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders that do the same work and take turns."""
+
+    title: str
+    model: str
+    precision: str
+    steps: int  # timed, a turn
+    quick_steps: int
+    contenders: Sequence[Contender]
+    goals: Sequence[Goal]
+
+    @property
+    def name(self) -> str:
+        """For the command line."""
+        return f"{self.model}-{'bf16' if self.precision == 'mixed_bfloat16' else 'fp32'}"
+
+
+# PyTorch's tuning guide takes another allocator, so that memory is kept and not given back to the kernel, which clears
+# it, in each step; glibc's does the same with these.
+TORCH_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+_YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+_OURS = ("-m", "benchmarks.peers.hpctrain_step")
+_KERAS = ("-m", "benchmarks.peers.keras_loop")
+_HOROVOD = (*_KERAS, "--horovod")
+_WORKERS = ("-m", "benchmarks.peers.multi_worker")
+_TORCH = ("-m", "benchmarks.peers.torch_loop")
+
+OURS, RANKS, APART = "hpctrain, 2 threads", "hpctrain, 2 ranks", "hpctrain, 2 independent processes"
+KERAS, KERAS_CORE = "Keras loop, 2 threads", "Keras loop, 1 thread"
+HOROVOD, HOROVOD_YIELD = "Horovod's ops, 2 ranks", "Horovod's ops, 2 ranks, MPI yields"
+WORKERS = "MultiWorkerMirroredStrategy, 2 workers"
+TORCH, TORCH_DDP = "PyTorch, 2 threads", "PyTorch DDP, 2 processes"
+
+
+def _ours(batch: int, quick: Sequence[str]) -> list[Contender]:
+    return [
+        Contender(OURS, _OURS, threads=2, micro_batch=2 * batch, quick=OURS in quick),
+        Contender(RANKS, _OURS, "mpirun", 2, micro_batch=batch, quick=RANKS in quick),
+    ]
+
+
+def _apart(batch: int) -> Contender:
+    return Contender(APART, _OURS, "processes", 2, micro_batch=batch, quick=True)
+
+
+def _torch(batch: int, quick: Sequence[str]) -> list[Contender]:
+    options = {"environment": TORCH_ENVIRONMENT, "needs_torch": True}
+    return [
+        Contender(TORCH, _TORCH, threads=2, micro_batch=2 * batch, quick=TORCH in quick, **options),  # type: ignore[arg-type]
+        Contender(TORCH_DDP, _TORCH, "processes", 2, micro_batch=batch, quick=TORCH_DDP in quick, **options),  # type: ignore[arg-type]
+    ]
+
+
+def _keras(batch: int, quick: bool = False) -> Contender:
+    return Contender(KERAS, _KERAS, threads=2, micro_batch=2 * batch, quick=quick, rounds=2)
+
+
+def _keras_core(batch: int, quick: bool = False) -> Contender:
+    return Contender(KERAS_CORE, _KERAS, micro_batch=batch, quick=quick, rounds=1)
+
+
+def _horovod(batch: int) -> Contender:
+    return Contender(HOROVOD, _HOROVOD, "mpirun", 2, micro_batch=batch, rounds=1)
+
+
+def _workers(batch: int) -> Contender:
+    return Contender(WORKERS, _WORKERS, "processes", 2, micro_batch=batch, rounds=1)
+
+
+# Images a step of one process with one thread; a process with two threads takes twice as many.
+GROUPS = (
+    Group(
+        "ResNet-50, float32",
+        "resnet50",
+        "float32",
+        6,
+        3,
+        [
+            *_ours(8, [OURS, RANKS]),
+            _apart(8),
+            *_torch(8, [TORCH, TORCH_DDP]),
+            _keras(8),
+            _keras_core(8, quick=True),
+            _horovod(8),
+            Contender(HOROVOD_YIELD, _HOROVOD, "mpirun", 2, micro_batch=8, rounds=1, environment=_YIELD),
+            _workers(8),
+        ],
+        [
+            Goal(OURS, TORCH, limit=1.25),
+            Goal(RANKS, TORCH_DDP, limit=1.25),
+            Goal(RANKS, APART, limit=0.98),
+            Goal(OURS, KERAS),
+            Goal(RANKS, HOROVOD),
+            Goal(RANKS, HOROVOD_YIELD),
+            Goal(RANKS, WORKERS),
+            Goal(RANKS, KERAS_CORE, "peak_rss_mb", 1.15, at_most=True),
+            Goal(OURS, KERAS, "peak_rss_mb", 1.15, at_most=True),
+        ],
+    ),
+    Group(
+        "ResNet-50, bfloat16",
+        "resnet50",
+        "mixed_bfloat16",
+        8,
+        4,
+        [*_ours(8, [OURS, RANKS]), *_torch(8, [TORCH, TORCH_DDP]), _keras(8)],
+        [
+            Goal(OURS, TORCH, limit=1.05),
+            Goal(RANKS, TORCH_DDP, limit=1.05),
+            Goal(OURS, KERAS),
+            Goal(OURS, KERAS, "peak_rss_mb", 1.15, at_most=True),
+        ],
+    ),
+    Group(
+        "AlexNet-BN, float32",
+        "alexnet_bn",
+        "float32",
+        6,
+        3,
+        [
+            *_ours(32, [OURS, RANKS]),
+            _apart(32),
+            *_torch(32, [TORCH]),
+            _keras(32, quick=True),
+            _keras_core(32),
+            _horovod(32),
+            _workers(32),
+        ],
+        [
+            Goal(OURS, KERAS, limit=4.0),
+            Goal(RANKS, APART, limit=0.93),
+            Goal(OURS, TORCH),
+            Goal(RANKS, TORCH_DDP),
+            Goal(RANKS, HOROVOD),
+            Goal(RANKS, WORKERS),
+            Goal(RANKS, KERAS_CORE, "peak_rss_mb", 1.15, at_most=True),
+            Goal(OURS, KERAS, "peak_rss_mb", 1.15, at_most=True),
+        ],
+    ),
+    Group(
+        "AlexNet-BN, bfloat16",
+        "alexnet_bn",
+        "mixed_bfloat16",
+        8,
+        4,
+        [*_ours(32, [OURS]), *_torch(32, [TORCH])],
+        [Goal(OURS, TORCH), Goal(RANKS, TORCH_DDP)],
+    ),
+    Group(
+        "ResNet-20, float32",
+        "resnet20",
+        "float32",
+        30,
+        15,
+        [*_ours(32, [RANKS]), _apart(32), *_torch(32, []), _keras(32), _keras_core(32), _horovod(32), _workers(32)],
+        [
+            Goal(RANKS, APART),
+            Goal(OURS, TORCH),
+            Goal(RANKS, TORCH_DDP),
+            Goal(OURS, KERAS),
+            Goal(RANKS, HOROVOD),
+            Goal(RANKS, WORKERS),
+            Goal(RANKS, KERAS_CORE, "peak_rss_mb", 1.15, at_most=True),
+        ],
+    ),
+)
+
+ROUNDS, QUICK_ROUNDS = 3, 1
+ALLREDUCE_SIZES, QUICK_ALLREDUCE_SIZES = "1M,4M,16M,64M,256M", "1M,16M,256M"
+ALLREDUCE_GOAL = 0.9  # of raw MPI in place
+START_RANKS, QUICK_START_RANKS = (1, 2, 8, 16), (1, 2)
+TFRECORD_GOAL = 1.0
