@@ -120,7 +120,11 @@ def test_a_collective_that_does_not_end_ends_the_job() -> None:
 
 def test_an_interrupt_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*DOCTOR, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*DOCTOR, "--dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 60
     while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():  # it is at work
