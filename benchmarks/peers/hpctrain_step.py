@@ -31,7 +31,7 @@ def main() -> None:
     from hpctrain.data.synthetic import synthetic_batches
     from hpctrain.models.flops import describe
     from hpctrain.training import session
-    from hpctrain.training.step import TrainStep
+    from hpctrain.training.bad_steps import GuardedStep
     from hpctrain.training.timing import TimedReducer
 
     session.configure_tensorflow(config, world.plan.threads)
@@ -39,7 +39,7 @@ def main() -> None:
     reducer = TimedReducer(
         world, bucket_bytes=config.train.bucket_mb * 1e6, compression=config.train.compression, deterministic=False
     )
-    train_step = TrainStep(model, session.build_optimizer(config), reducer, micro_batches=1, seed=config.train.seed)
+    train_step = GuardedStep(model, session.build_optimizer(config), reducer, micro_batches=1, seed=config.train.seed)
     reducer.broadcast([variable.value for variable in model.variables])
     batches = synthetic_batches(
         micro_batch=work.micro_batch, image_size=work.image_size, num_classes=work.classes, seed=world.rank

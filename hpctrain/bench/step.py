@@ -24,8 +24,8 @@ from hpctrain.models.flops import describe
 from hpctrain.parallel.reduce import Reducer
 from hpctrain.parallel.world import World, alone
 from hpctrain.training import session
+from hpctrain.training.bad_steps import GuardedStep
 from hpctrain.training.dataset import DataSet
-from hpctrain.training.step import TrainStep
 
 _WARM_UP_ROUNDS = 2
 _RATE = 1e-6  # keeps the weights where they are: what is timed must not turn into NaN
@@ -76,7 +76,7 @@ def measure_step(
     return _summary(config, world, flops, world.allgather(own))
 
 
-def _train_step(config: Config, model: keras.Model, world: World) -> TrainStep:
+def _train_step(config: Config, model: keras.Model, world: World) -> GuardedStep:
     """The trainer's step, over all ranks of `world`."""
     reducer = Reducer(
         world,
@@ -84,7 +84,7 @@ def _train_step(config: Config, model: keras.Model, world: World) -> TrainStep:
         compression=config.train.compression,
         deterministic=config.train.deterministic,
     )
-    return TrainStep(
+    return GuardedStep(
         model,
         session.build_optimizer(config),
         reducer,
@@ -95,7 +95,7 @@ def _train_step(config: Config, model: keras.Model, world: World) -> TrainStep:
     )
 
 
-def _step_call(step: TrainStep, batches: Iterator[Any]) -> Call:
+def _step_call(step: GuardedStep, batches: Iterator[Any]) -> Call:
     numbers = itertools.count(1)
     return lambda: step(next(numbers), batches, _RATE)
 
