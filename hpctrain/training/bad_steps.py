@@ -46,11 +46,14 @@ class GuardedStep(TrainStep):
 
     def _reduce(self, payload: list[Any]) -> list[Any]:
         *gradients_and_state, metrics, vote = payload
-        gradients = gradients_and_state[: len(self.weights)]
-        total = tf.add_n([metrics[0], *(tf.reduce_sum(gradient) for gradient in gradients)])
+        gradients, state = gradients_and_state[: len(self.weights)], gradients_and_state[len(self.weights) :]
+        totals = [tf.reduce_sum(gradient) for gradient in gradients]
+        # Read before it is reduced, so that the sum over ranks can take its place in memory.
+        gradients = [_after(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
+        total = tf.add_n([metrics[0], *totals])
         loss = tf.where(tf.math.is_finite(total), metrics[0], float("nan"))
         self._own_loss.assign(loss)
-        sums = super()._reduce([*gradients_and_state, tf.stack([loss, metrics[1]]), vote])
+        sums = super()._reduce([*gradients, *state, tf.stack([loss, metrics[1]]), vote])
         self.norms.record(sums[: len(self.weights)])
         return sums
 
@@ -62,6 +65,11 @@ class GuardedStep(TrainStep):
             lambda: TrainStep._update(self, total, rate),
             lambda: tf.concat([means, votes], 0),
         )
+
+
+def _after(first: Any, tensor: Any) -> Any:
+    with tf.control_dependencies([first]):
+        return tf.identity(tensor)
 
 
 class BadSteps:
