@@ -6,6 +6,7 @@ settings are defaults: an environment variable that the user or the job script h
 
 import math
 import os
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,13 @@ TREE_ORDER = {
     "OMPI_MCA_coll_tuned_allreduce_algorithm": "6",
     "I_MPI_ADJUST_ALLREDUCE": "2",  # Intel MPI: Rabenseifner's
     "MPIR_CVAR_ALLREDUCE_INTRA_ALGORITHM": "reduce_scatter_allgather",  # MPICH and what is built on it
+}
+
+EMBEDDED = {
+    # For the Open MPI that install.sh puts into the environment; a centre's own is set up by the centre. This component
+    # is for one-sided communication over libfabric, which nothing here uses. It sleeps a second when it is closed: in
+    # each rank's MPI_Init where it finds no network of its kind, in MPI_Finalize where it finds one.
+    "OMPI_MCA_btl": "^ofi",
 }
 
 HOROVOD = {
@@ -50,7 +58,8 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 def set_environment(deterministic: bool, environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables above where they are not set. To be called before MPI, Horovod or TensorFlow is loaded."""
-    for settings in (YIELD, HOROVOD, QUIET, TREE_ORDER if deterministic else {}):
+    embedded = Path(sys.prefix, "bin", "prterun").exists()
+    for settings in (YIELD, HOROVOD, QUIET, EMBEDDED if embedded else {}, TREE_ORDER if deterministic else {}):
         for name, value in settings.items():
             environ.setdefault(name, value)
 

@@ -56,9 +56,17 @@ class Reducer:
         return self._hvd.allreduce(padded, op=self._hvd.Sum, name=name)[:count]
 
     def broadcast(self, variables: Sequence[Any]) -> None:
-        """Overwrite the tf.Variables on every rank with rank 0's values."""
-        if self.world.size > 1:
-            self._hvd.broadcast_variables(list(variables), root_rank=0)
+        """Overwrite the tf.Variables on every rank with rank 0's values.
+
+        By MPI itself: Horovod would build and optimize a graph for this one use.
+        """
+        if self.world.size == 1:
+            return
+        for variable in variables:
+            array = np.array(variable.numpy())
+            self.world.copy_from_root(array)
+            if not self.world.is_root:
+                variable.assign(array)
 
     def _sum_bucket(self, tensors: list[Any], name: str) -> list[Any]:
         if self.compression == "none" and not self.deterministic:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 START_SECONDS = 600.0  # thousands of ranks may load Python from one file system
 _ROOT_SPEAKS_FIRST_SECONDS = 3.0
 _LAUNCHER_READS_SECONDS = 0.5
+_MESSAGE_BYTES = 2**30  # older MPIs count what is in a message by 32 bits
 _OUT_OF_MEMORY = ("MemoryError", "ResourceExhaustedError")  # the latter is TensorFlow's
 _END_SECONDS = 5  # then the system ends the process
 
@@ -64,6 +65,14 @@ class World:
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
         return value if self.size == 1 else self.comm.bcast(value, root=0)
+
+    def copy_from_root(self, array: Any) -> None:
+        """Overwrite a contiguous NumPy array of any dtype with rank 0's, of the same shape and dtype."""
+        if self.size == 1:
+            return
+        data = array.reshape(-1).view("uint8")
+        for start in range(0, len(data), _MESSAGE_BYTES):
+            self.comm.Bcast(data[start : start + _MESSAGE_BYTES], root=0)
 
     def allgather(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank."""

@@ -15,7 +15,7 @@ import tensorflow as tf
 from hpctrain.data.pipeline import evaluation_pipeline
 from hpctrain.data.reader import ShardReader
 from hpctrain.parallel.world import World
-from hpctrain.training.step import cross_entropy, is_correct
+from hpctrain.training.step import cross_entropy, graph, is_correct
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Evaluator:
             "threads": threads,
             "on_bad_record": on_bad_record,
         }
-        self._sums = tf.function(self._micro_batch_sums)
+        self._sums = graph(self._micro_batch_sums)
 
     def __call__(self) -> Evaluation:
         """Evaluate the model as it is now. All ranks call it together and get the same result."""

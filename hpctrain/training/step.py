@@ -5,7 +5,7 @@ learned of its statistics, and a short vector of metrics. All of it is summed ov
 batch in the same order. The loss that is differentiated is divided by their number, so that the gradients need not be.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -56,11 +56,11 @@ class TrainStep:
         self._moving: list[Any] = []
         self._seeds = [(v, hash64(seed, i)) for i, v in enumerate(_seed_variables(model))]
         optimizer.build(self.weights)
-        self.forward_backward = tf.function(self._forward_backward)
-        self._add = tf.function(_add)
-        self._reduce_graph = tf.function(self._reduce)
-        self.update = tf.function(self._update)
-        self._last_micro_batch_and_update = tf.function(self._overlapped)
+        self.forward_backward = graph(self._forward_backward)
+        self._add = graph(_add)
+        self._reduce_graph = graph(self._reduce)
+        self.update = graph(self._update)
+        self._last_micro_batch_and_update = graph(self._overlapped)
         # TensorFlow optimizes each graph as a whole, and what stands beside an operation can change its rounding. So
         # for equal bits the parts are graphs of their own, the same on any number of ranks.
         self._finish = self._in_parts if deterministic else self._last_micro_batch_and_update
@@ -143,6 +143,15 @@ class TrainStep:
         flat = self.reducer.sum(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0), "small")
         parts = tf.split(flat, [shape.num_elements() for shape in shapes])
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def graph(function: Callable[..., Any]) -> Any:
+    """Return the function as a tf.function whose source is taken as it is.
+
+    AutoGraph would rewrite each function that is called on the way, Horovod's too, which took three quarters of the
+    tracing on two ranks. No `if` or loop here depends on a tensor, and into Keras' layers it does not look.
+    """
+    return tf.function(function, autograph=False)
 
 
 def cross_entropy(logits: Any, labels: Any, label_smoothing: float = 0.0) -> Any:

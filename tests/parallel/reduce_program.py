@@ -43,7 +43,7 @@ def main() -> None:
         """The sums alone: nobody else reads the summands, so they may be overwritten."""
         return reducer.sum_gradients([tf.constant(part) * factor for part in own])
 
-    tolerance = {"none": 1e-5, "bf16": 2**-6}[compression]
+    tolerance = {"none": 1e-5, "bf16": 2**-4}[compression]
     for factor in (1.0, -2.0):
         sums, kept = reduce(tf.constant(factor))
         for total, wanted in zip(sums, expected, strict=True):

@@ -1,7 +1,9 @@
 """Threads, CPUs and settings of a launch, worked out for machines that are not here."""
 
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -201,6 +203,19 @@ def test_the_order_of_sums_is_only_asked_for_where_it_matters() -> None:
     set_environment(False, environ)
     assert not set(TREE_ORDER) & set(environ)
     assert environ["OMPI_MCA_mpi_yield_when_idle"] == "1"
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_centre_s_own_mpi_keeps_its_transports(
+    embedded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    if embedded:
+        (tmp_path / "bin" / "prterun").touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    environ: dict[str, str] = {}
+    set_environment(False, environ)
+    assert environ.get("OMPI_MCA_btl") == ("^ofi" if embedded else None)
 
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "PMIX_RANK": "3"}
