@@ -163,7 +163,8 @@ resolve_mpi() { # a choice of MPI -> `embedded` or the absolute path of its mpic
 digest() {
   {
     printf '%s\n' "$prefix" "$source_dir" "$editable" "$mpi"
-    cat "$source_dir/install.sh" "$source_dir/$HOROVOD_PATCH" "$source_dir/pyproject.toml" "$source_dir"/hpctrain/data/native/*.cc
+    cat "$source_dir/install.sh" "$source_dir/$HOROVOD_PATCH" "$source_dir/pyproject.toml" \
+      "$source_dir"/hpctrain/native/*.cc
     awk '/^\[/ { wanted = /^\[(metadata|options)/ } wanted' "$source_dir/setup.cfg"
     if [[ $editable == no ]]; then
       cd "$source_dir"
@@ -189,8 +190,12 @@ python_fits() { # true if the environment's Python works and is the one asked fo
   [[ $is == "$wanted" ]]
 }
 
-compiled() { # true unless the image operation, which belongs into an editable package's own folder, is not there
-  [[ $editable == no || -e $source_dir/hpctrain/data/native/_crop_resize.so ]]
+compiled() { # true unless one of the operations, which belong into an editable package's own folder, is not there
+  local source
+  [[ $editable == no ]] && return 0
+  for source in "$source_dir"/hpctrain/native/*.cc; do
+    [[ -e ${source%/*}/_$(basename "$source" .cc).so ]] || return 1
+  done
 }
 
 finished() { [[ $(stamped digest) == "$wanted_digest" ]] && extras_installed && python_fits && compiled; }
@@ -472,7 +477,8 @@ if [[ $(stamped wheels) != "$wheel_dir" ]]; then
   run "installing Horovod" pip install --force-reinstall --no-deps "$wheel_dir"/*.whl
 fi
 run "installing what Horovod needs" pip install "$wheel_dir"/*.whl
-run "compiling the image operation" env -C "$work" CXX="$compiler" "$prefix/bin/python" -m hpctrain.data.native.build
+run "compiling the operations for images and batch normalization" \
+  env -C "$work" CXX="$compiler" "$prefix/bin/python" -m hpctrain.native.build
 
 # ---------------------------------------------------------------- 5: does it work?
 

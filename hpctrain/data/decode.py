@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hpctrain.data.native import crop_resize
+from hpctrain.native import crop_resize
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # of ImageNet, in 0..255, as most published ResNet results use
 STDDEV_RGB = (58.395, 57.12, 57.375)

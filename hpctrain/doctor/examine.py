@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpctrain.data.native import LIBRARY
+from hpctrain import native
 from hpctrain.doctor import findings
 from hpctrain.doctor.facts import Facts, gather_facts
 from hpctrain.doctor.frameworks import Horovod, try_horovod
@@ -142,8 +142,8 @@ def _judge(found: Examination, directory_given: bool) -> None:
     if found.world.comm is not None:
         found.warnings += findings.launch_warnings(found.world.places, found.world.plans, os.environ)
     found.warnings += findings.node_warnings(facts)
-    if not LIBRARY.is_file():
-        found.warnings.append("the input pipeline's operation is not compiled: python -m hpctrain.data.native.build")
+    if uncompiled := native.missing():
+        found.warnings.append(f"not compiled: {', '.join(uncompiled)}; run python -m hpctrain.native.build")
     tested = sum("directory" in one.errors or "write" in one.values for one in measured)
     for line, ranks in findings.failures(measured, facts, "directory").items():
         # A current directory that nobody can write may be meant so: runs can be kept elsewhere.

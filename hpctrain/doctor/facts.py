@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.data.native import LIBRARY
+from hpctrain import native
 from hpctrain.doctor.node import free_memory_bytes, meminfo_bytes
 from hpctrain.environment import without_secrets
 from hpctrain.parallel.launch import HOROVOD, TREE_ORDER, YIELD
@@ -91,7 +91,9 @@ def _versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    versions["image operation"] = "compiled" if LIBRARY.is_file() else "TensorFlow's"
+    for operation in native.OPERATIONS:
+        compiled = native.library(operation).is_file()
+        versions[f"{operation} operation"] = "compiled" if compiled else "TensorFlow's"
     return versions
 
 

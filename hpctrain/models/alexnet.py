@@ -58,22 +58,22 @@ def alexnet_bn(
 ) -> keras.Model:
     """Return AlexNet-BN."""
 
-    def normalize(x: Any, number: int) -> Any:
-        return FusedBatchNorm(batch_norm_momentum, batch_norm_epsilon, name=f"bn{number}")(x)
+    def normalize_relu(x: Any, number: int) -> Any:
+        return FusedBatchNorm(batch_norm_momentum, batch_norm_epsilon, activation="relu", name=f"bn{number}")(x)
 
     image = _image(image_size, "alexnet_bn")
     x = _conv(image, 96, 11, 1, "conv1", seed, bias=None, strides=4, padding="valid")
-    x = _relu(normalize(x, 1), 1)
+    x = normalize_relu(x, 1)
     x = _pool(x, 1)
     x = _conv(x, 256, 5, 2, "conv2", seed, bias=None)
-    x = _relu(normalize(x, 2), 2)
+    x = normalize_relu(x, 2)
     x = _pool(x, 2)
     x = _conv(x, 384, 3, 1, "conv3", seed, bias=None)
-    x = _relu(normalize(x, 3), 3)
+    x = normalize_relu(x, 3)
     x = _conv(x, 384, 3, 2, "conv4", seed, bias=None)
-    x = _relu(normalize(x, 4), 4)
+    x = normalize_relu(x, 4)
     x = _conv(x, 256, 3, 2, "conv5", seed, bias=None)
-    x = _relu(normalize(x, 5), 5)
+    x = normalize_relu(x, 5)
     x = _pool(x, 5)
     return keras.Model(image, _classifier(x, num_classes, seed, dropout), name="alexnet_bn")
 

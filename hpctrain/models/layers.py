@@ -8,15 +8,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from hpctrain.models.batch_norm import add_relu, batch_norm, normalize
+
 Shape = tuple[int | None, ...]
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")
 class FusedBatchNorm(keras.layers.Layer):
-    """Batch normalization over the last axis, as TensorFlow's one fused kernel.
+    """Batch normalization over the last axis, and what mostly follows it, in as few passes over memory as there can be.
 
-    Input: (N, H, W, C) or (N, C), float32 or bfloat16; output: the same shape and dtype. Scale, offset and all
-    statistics are float32 whatever the dtype policy.
+    Input: x of shape (N, H, W, C) or (N, C), float32 or bfloat16, or a pair [x, residual] of like tensors. Output: the
+    same shape and dtype. Scale, offset and all statistics are float32 whatever the dtype policy. With
+    `activation="relu"` the output is relu(normalized x + residual); a residual must be followed by ReLU.
+
+    With `copies=2` the output is a list of two equal tensors, for two layers that read it: one each. They share their
+    memory, and their gradients need no pass to be added.
 
     In training it normalizes with the statistics of the batch it is given and moves the averages:
     `moving = momentum * moving + (1 - momentum) * batch`. As TensorFlow's kernel does (and cuDNN's), the variance
@@ -26,56 +32,67 @@ class FusedBatchNorm(keras.layers.Layer):
     The update is a plain `assign` on the two moving averages: inside a `keras.StatelessScope` it lands in the scope
     and the variables stay as they are. With `trainable = False` the layer always uses the moving averages.
 
-    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); the kernel is `tf.raw_ops.FusedBatchNormV3`.
+    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); how it is computed is in `batch_norm.py`.
     """
 
     def __init__(
-        self, momentum: float = 0.9, epsilon: float = 1e-5, gamma_initializer: Any = "ones", **kwargs: Any
+        self,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        gamma_initializer: Any = "ones",
+        activation: str | None = None,
+        copies: int = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if activation not in (None, "relu"):
+            raise ValueError(f"The activation of FusedBatchNorm is None or 'relu', not {activation!r}.")
+        if copies not in (1, 2):
+            raise ValueError(f"FusedBatchNorm gives 1 or 2 copies of its output, not {copies}.")
         self.momentum = momentum
         self.epsilon = epsilon
         self.gamma_initializer = keras.initializers.get(gamma_initializer)
+        self.activation = activation
+        self.copies = copies
 
-    def build(self, input_shape: Shape) -> None:
-        if len(input_shape) not in (2, 4):
-            raise ValueError(f"FusedBatchNorm takes (N, H, W, C) or (N, C) inputs, not shape {input_shape}.")
+    def build(self, input_shape: Any) -> None:
+        shape, *residual = _each(input_shape)
+        if len(shape) not in (2, 4):
+            raise ValueError(f"FusedBatchNorm takes (N, H, W, C) or (N, C) inputs, not shape {shape}.")
+        if residual and (self.activation is None or residual != [shape]):
+            raise ValueError(
+                f"FusedBatchNorm takes one residual of the input's shape {shape}, and with activation='relu' only; "
+                f"the activation is {self.activation!r} and the shape {residual}."
+            )
         # autocast=False: the kernel wants float32 parameters beside bfloat16 activations.
-        float32: dict[str, Any] = {"shape": (input_shape[-1],), "dtype": "float32", "autocast": False}
+        float32: dict[str, Any] = {"shape": (shape[-1],), "dtype": "float32", "autocast": False}
         self.gamma = self.add_weight(name="gamma", initializer=self.gamma_initializer, **float32)
         self.beta = self.add_weight(name="beta", initializer="zeros", **float32)
         self.moving_mean = self.add_weight(name="moving_mean", initializer="zeros", trainable=False, **float32)
         self.moving_variance = self.add_weight(name="moving_variance", initializer="ones", trainable=False, **float32)
 
-    def call(self, x: Any, training: bool | None = None) -> Any:
-        is_matrix = len(x.shape) == 2
-        if is_matrix:
-            x = x[:, tf.newaxis, tf.newaxis, :]
-        use_batch_statistics = bool(training) and self.trainable
-        # In training the kernel takes no statistics (empty tensors) and returns those of the batch.
-        no_statistics = tf.zeros((0,), tf.float32)
-        y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=x,
-            scale=tf.convert_to_tensor(self.gamma),
-            offset=tf.convert_to_tensor(self.beta),
-            mean=no_statistics if use_batch_statistics else tf.convert_to_tensor(self.moving_mean),
-            variance=no_statistics if use_batch_statistics else tf.convert_to_tensor(self.moving_variance),
-            epsilon=self.epsilon,
-            exponential_avg_factor=1.0,
-            data_format="NHWC",
-            is_training=use_batch_statistics,
-        )
-        if use_batch_statistics:
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        x, residual = inputs if isinstance(inputs, list | tuple) else (inputs, None)
+        gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+        relu = self.activation == "relu"
+        if training and self.trainable:
+            outputs, batch_mean, batch_variance = batch_norm(
+                x, gamma, beta, residual, epsilon=self.epsilon, relu=relu, copies=self.copies
+            )
             self._move(self.moving_mean, batch_mean)
             self._move(self.moving_variance, batch_variance)
-        return y[:, 0, 0, :] if is_matrix else y
+        else:
+            mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+            y, *_ = normalize(x, gamma, beta, mean, variance, epsilon=self.epsilon)
+            outputs = [add_relu(y, residual, relu)] * self.copies
+        return outputs[0] if self.copies == 1 else list(outputs)
 
     def _move(self, moving: Any, batch: Any) -> None:
-        batch = tf.stop_gradient(batch)
         moving.assign(self.momentum * tf.convert_to_tensor(moving) + (1.0 - self.momentum) * batch)
 
-    def compute_output_shape(self, input_shape: Shape) -> Shape:
-        return input_shape
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        shape = _each(input_shape)[0]
+        return shape if self.copies == 1 else [shape] * self.copies
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -83,7 +100,14 @@ class FusedBatchNorm(keras.layers.Layer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
+            "activation": self.activation,
+            "copies": self.copies,
         }
+
+
+def _each(shape: Any) -> list[Shape]:
+    """Return the shapes of a layer's inputs, of which there may be one, or a list."""
+    return [tuple(one) for one in shape] if isinstance(shape[0], list | tuple) else [tuple(shape)]
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")

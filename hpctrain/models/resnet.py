@@ -55,19 +55,21 @@ def resnet(
 
     image = keras.Input((image_size, image_size, 3), name="image", dtype="float32")
     x = net.conv_bn(image, 64, 7, 2, "stem_", "")
-    x = keras.layers.ReLU(name="stem_relu")(x)
     x = keras.layers.MaxPooling2D(3, 2, padding="same", data_format="channels_last", name="stem_pool")(x)
+    fork = [x, x]
     for stage, blocks in enumerate(BLOCKS[depth], start=1):
         filters = 64 * 2 ** (stage - 1)
         for block in range(1, blocks + 1):
             stride = 2 if stage > 1 and block == 1 else 1
             name = f"stage{stage}_block{block}_"
+            copies = 1 if stage == len(BLOCKS[depth]) and block == blocks else 2
             if bottleneck:
-                x = net.bottleneck_block(x, filters, stride, stride_in_3x3, name)
+                fork = net.bottleneck_block(fork, filters, stride, stride_in_3x3, name, copies)
             else:
-                x = net.basic_block(x, filters, stride, name)
+                fork = net.basic_block(fork, filters, stride, name, copies)
     version = "_v15" if stride_in_3x3 else ""
-    logits = net.classifier(x, num_classes, keras.initializers.RandomNormal(0.0, 0.01, layer_seed(seed, "logits")))
+    initializer = keras.initializers.RandomNormal(0.0, 0.01, layer_seed(seed, "logits"))
+    logits = net.classifier(fork[0], num_classes, initializer)
     return keras.Model(image, logits, name=f"resnet{depth}{version}")
 
 
@@ -92,15 +94,16 @@ def cifar_resnet(
     net = _Parts(seed, zero_init_residual, batch_norm_momentum, batch_norm_epsilon)
 
     image = keras.Input((image_size, image_size, 3), name="image", dtype="float32")
-    x = net.conv_bn(image, 16, 3, 1, "stem_", "")
-    x = keras.layers.ReLU(name="stem_relu")(x)
+    fork = net.conv_bn(image, 16, 3, 1, "stem_", "", copies=2)
+    blocks = (depth - 2) // 6
     for stage, filters in enumerate((16, 32, 64), start=1):
-        for block in range(1, (depth - 2) // 6 + 1):
+        for block in range(1, blocks + 1):
             stride = 2 if stage > 1 and block == 1 else 1
-            x = net.basic_block(x, filters, stride, f"stage{stage}_block{block}_", projection=False)
+            copies = 1 if stage == 3 and block == blocks else 2
+            fork = net.basic_block(fork, filters, stride, f"stage{stage}_block{block}_", copies, projection=False)
     # Section 4.2 starts all weights by arXiv 1502.01852. The small Gaussian of the large networks would stall here:
     # with 64 inputs its norm, and with it the classifier's local rate under LARS, is too small to get going.
-    logits = net.classifier(x, num_classes, keras.initializers.HeNormal(layer_seed(seed, "logits")))
+    logits = net.classifier(fork[0], num_classes, keras.initializers.HeNormal(layer_seed(seed, "logits")))
     return keras.Model(image, logits, name=f"resnet{depth}")
 
 
@@ -114,9 +117,21 @@ class _Parts:
     epsilon: float
 
     def conv_bn(
-        self, x: Any, filters: int, size: int, stride: int, prefix: str, suffix: str, last_of_block: bool = False
+        self,
+        x: Any,
+        filters: int,
+        size: int,
+        stride: int,
+        prefix: str,
+        suffix: str,
+        relu: bool = True,
+        residual: Any | None = None,
+        copies: int = 1,
     ) -> Any:
-        """Convolution without bias, then batch normalization; `prefix` and `suffix` surround "conv" and "bn"."""
+        """Convolution without bias, batch normalization, `residual` added, ReLU; a list if `copies` is 2.
+
+        `prefix` and `suffix` surround "conv" and "bn" in the layers' names.
+        """
         name = f"{prefix}conv{suffix}"
         padding = "same"
         if stride > 1 and size > 1:
@@ -135,37 +150,44 @@ class _Parts:
             ),
             name=name,
         )(x)
-        gamma = "zeros" if last_of_block and self.zero_init_residual else "ones"
-        return FusedBatchNorm(self.momentum, self.epsilon, gamma, name=f"{prefix}bn{suffix}")(x)
+        gamma = "zeros" if residual is not None and self.zero_init_residual else "ones"
+        normalize = FusedBatchNorm(
+            self.momentum, self.epsilon, gamma, "relu" if relu else None, copies, name=f"{prefix}bn{suffix}"
+        )
+        return normalize(x if residual is None else [x, residual])
 
-    def basic_block(self, x: Any, filters: int, stride: int, name: str, projection: bool = True) -> Any:
+    # Blocks take a list of two equal tensors, one for the branch and one for the shortcut, and return as many as the
+    # next ones want. See `FusedBatchNorm`, which ends each.
+
+    def basic_block(
+        self, fork: list[Any], filters: int, stride: int, name: str, copies: int, projection: bool = True
+    ) -> Any:
         """Two 3x3 convolutions around a shortcut: a projection (option B), or padded with zeros (option A)."""
-        shortcut = x
+        x, shortcut = fork
         if stride != 1 or x.shape[-1] != filters:
             if projection:
-                shortcut = self.conv_bn(x, filters, 1, stride, f"{name}shortcut_", "")
+                shortcut = self.conv_bn(shortcut, filters, 1, stride, f"{name}shortcut_", "", relu=False)
             else:
-                shortcut = SubsampleAndPad(filters, stride, name=f"{name}shortcut")(x)
+                shortcut = SubsampleAndPad(filters, stride, name=f"{name}shortcut")(shortcut)
         x = self.conv_bn(x, filters, 3, stride, name, "1")
-        x = keras.layers.ReLU(name=f"{name}relu1")(x)
-        x = self.conv_bn(x, filters, 3, 1, name, "2", last_of_block=True)
-        x = keras.layers.Add(name=f"{name}add")([x, shortcut])
-        return keras.layers.ReLU(name=f"{name}relu2")(x)
+        return _list(self.conv_bn(x, filters, 3, 1, name, "2", residual=shortcut, copies=copies))
 
-    def bottleneck_block(self, x: Any, filters: int, stride: int, stride_in_3x3: bool, name: str) -> Any:
+    def bottleneck_block(
+        self, fork: list[Any], filters: int, stride: int, stride_in_3x3: bool, name: str, copies: int
+    ) -> Any:
         """1x1, 3x3 and 1x1 to four times the filters; the stride is in the first 1x1 (v1) or the 3x3 (v1.5)."""
-        shortcut = x
+        x, shortcut = fork
         if stride != 1 or x.shape[-1] != 4 * filters:
-            shortcut = self.conv_bn(x, 4 * filters, 1, stride, f"{name}shortcut_", "")
+            shortcut = self.conv_bn(shortcut, 4 * filters, 1, stride, f"{name}shortcut_", "", relu=False)
         x = self.conv_bn(x, filters, 1, 1 if stride_in_3x3 else stride, name, "1")
-        x = keras.layers.ReLU(name=f"{name}relu1")(x)
         x = self.conv_bn(x, filters, 3, stride if stride_in_3x3 else 1, name, "2")
-        x = keras.layers.ReLU(name=f"{name}relu2")(x)
-        x = self.conv_bn(x, 4 * filters, 1, 1, name, "3", last_of_block=True)
-        x = keras.layers.Add(name=f"{name}add")([x, shortcut])
-        return keras.layers.ReLU(name=f"{name}relu3")(x)
+        return _list(self.conv_bn(x, 4 * filters, 1, 1, name, "3", residual=shortcut, copies=copies))
 
     def classifier(self, x: Any, num_classes: int, initializer: keras.initializers.Initializer) -> Any:
         """Global average and one dense layer, both in float32 under any dtype policy."""
         x = keras.layers.GlobalAveragePooling2D(data_format="channels_last", dtype="float32", name="pool")(x)
         return keras.layers.Dense(num_classes, kernel_initializer=initializer, dtype="float32", name="logits")(x)
+
+
+def _list(x: Any) -> list[Any]:
+    return x if isinstance(x, list) else [x]

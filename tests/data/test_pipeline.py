@@ -27,7 +27,7 @@ Batch = tuple[NDArray[np.float32], NDArray[np.int32]]
 def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs with the compiled operation, and with what stands in for it where it was not compiled."""
     if request.param == "own operation":
-        assert decode.crop_resize() is not None, "run `python -m hpctrain.data.native.build`"
+        assert decode.crop_resize() is not None, "run `python -m hpctrain.native.build`"
     else:
         monkeypatch.setattr(decode, "crop_resize", lambda: None)
 

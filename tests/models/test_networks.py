@@ -94,7 +94,7 @@ def test_where_the_stride_is() -> None:
         for stage in (2, 3, 4):
             convolutions = [model.get_layer(f"stage{stage}_block1_conv{i}") for i in (1, 2, 3)]
             assert [convolution.strides for convolution in convolutions] == strides
-        assert model.get_layer("stage4_block3_relu3").output.shape == (None, 2, 2, 2048)
+        assert model.get_layer("stage4_block3_bn3").output.shape == (None, 2, 2, 2048)
 
 
 def all_bits(model: keras.Model) -> dict[str, bytes]:

@@ -1,0 +1,57 @@
+"""TensorFlow operations of our own, for what TensorFlow's do in several times the time.
+
+`install.sh` compiles them (`python -m hpctrain.native.build`). Where that was not done, those who ask for an operation
+get None and use TensorFlow's. Nothing is loaded before it is asked for.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from hpctrain.errors import UserError
+
+FOLDER = Path(__file__).parent
+OPERATIONS = ("batch_norm", "crop_resize")  # each a .cc file of this folder
+
+
+def library(operation: str) -> Path:
+    """Return where the compiled operation is, or would be."""
+    return FOLDER / f"_{operation}.so"
+
+
+def missing() -> list[str]:
+    """Return the operations that are not compiled."""
+    return [operation for operation in OPERATIONS if not library(operation).is_file()]
+
+
+def crop_resize() -> Any:
+    """Return the operation (images, boxes int32[k, 4], flips bool[k]) -> float32[k, size, size, 3], or None.
+
+    `images` is a list of uint8[h, w, 3], or of uint8[n, h, w, 3] with n images each, k in all. Attributes are `size`,
+    and `scale` and `shift`, three numbers each: a pixel becomes pixel * scale + shift.
+    """
+    loaded = _load("crop_resize")
+    return loaded and loaded.hpctrain_crop_resize
+
+
+def batch_norm() -> Any:
+    """Return the module with `hpctrain_batch_norm` and `hpctrain_batch_norm_grad`, or None.
+
+    `models/batch_norm.py` says what they compute; it also registers the gradient.
+    """
+    return _load("batch_norm")
+
+
+@functools.cache
+def _load(operation: str) -> Any:
+    if not library(operation).is_file():
+        return None
+    import tensorflow as tf
+
+    try:
+        return tf.load_op_library(str(library(operation)))
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise UserError(
+            f"{library(operation)} does not fit TensorFlow {tf.__version__} ({str(error).splitlines()[0]}); "
+            "compile it again with `python -m hpctrain.native.build`"
+        ) from error
