@@ -1,11 +1,15 @@
 """hpctrain: the trainer's own step through its public parts, alone, under mpirun, or beside others of its kind."""
 
-from benchmarks.peers.work import parse_work, time_steps
+from collections.abc import Callable
+
+from benchmarks.peers.work import Work, parse_work, time_steps
 
 
-def main() -> None:
-    """Train as `hpctrain train` does, with SGD with momentum, which the others have too."""
-    work = parse_work()
+def make_step(work: Work) -> tuple[Callable[[], None], int]:
+    """Return a step as `hpctrain train` takes it, with SGD with momentum, which the others have too; and its FLOP.
+
+    Those are of one image, forward and backward. To be called before TensorFlow is imported.
+    """
     from hpctrain.config import load_config
     from hpctrain.parallel.launch import launcher_size
     from hpctrain.parallel.quiet import import_tensorflow
@@ -51,8 +55,14 @@ def main() -> None:
         count += 1
         train_step(count, batches, 1e-6)
 
-    forward_flops = describe(model)["flops_per_image"]
-    time_steps(work, step, flops_per_image=3 * forward_flops)
+    return step, 3 * describe(model)["flops_per_image"]
+
+
+def main() -> None:
+    """Train."""
+    work = parse_work()
+    step, flops = make_step(work)
+    time_steps(work, step, flops_per_image=flops)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.peers.figures import Run, Spread, of_contender, peak_share, ratio, verdict
+from benchmarks.peers.page_explain import bare_convolutions, link, link_ratios, profile
 from benchmarks.peers.plan import (
     ALLREDUCE_GOAL,
     GROUPS,
@@ -12,8 +13,10 @@ from benchmarks.peers.plan import (
     TORCH_ENVIRONMENT,
     Contender,
     Group,
+    is_emulated,
 )
 from benchmarks.peers.startup import PHASES
+from benchmarks.peers.table import numbers, table
 
 _MEASURES = {"images_per_second": "images/s", "peak_rss_mb": "peak memory"}
 _PACKAGES = {
@@ -28,9 +31,12 @@ _PACKAGES = {
 def write_page(found: Mapping[str, Any]) -> str:
     """Return the page in Markdown; whatever was not measured is left out."""
     parts = [_head(found), _all_ratios(found)]
-    parts += [_group(group, _runs_of(found, group), found["machine"]["cores"]) for group in GROUPS]
-    parts += [_allreduce(found.get("allreduce", [])), _start_up(found.get("start_up", []))]
-    parts += [_input(found.get("input")), _definitions(), _failures(found)]
+    parts += [_group(group, _runs_of(found, group), found["machine"]) for group in GROUPS]
+    of_groups = [(group, _runs_of(found, group)) for group in GROUPS]
+    titles = {group.name: group.title for group in GROUPS}
+    parts += [bare_convolutions(of_groups, found["machine"]["cores"]), profile(found.get("profile", []), titles)]
+    parts += [_allreduce(found.get("allreduce", [])), link(found.get("link"))]
+    parts += [_start_up(found.get("start_up", [])), _input(found.get("input")), _definitions(), _failures(found)]
     return "\n".join(part for part in parts if part)
 
 
@@ -46,17 +52,18 @@ def ratio_lines(found: Mapping[str, Any]) -> list[list[str]]:
             measured = "" if goal.measure == "images_per_second" else f", {_MEASURES[goal.measure]}"
             limit = "" if goal.limit is None else f"{'at most ' if goal.at_most else ''}{goal.limit}"
             words = f"{goal.above} / {goal.below}{measured}"
-            rows.append([group.title, words, *_numbers(spread), limit, verdict(spread, goal.limit, goal.at_most)])
+            rows.append([group.title, words, *numbers(spread), limit, verdict(spread, goal.limit, goal.at_most)])
     for num_bytes, spread in _allreduce_ratios(found.get("allreduce", [])):
         words = f"Horovod as the trainer uses it / MPI_Allreduce in place, {num_bytes // 2**20} MiB"
-        row = ["allreduce, 2 ranks", words, *_numbers(spread), str(ALLREDUCE_GOAL), verdict(spread, ALLREDUCE_GOAL)]
+        row = ["allreduce, 2 ranks", words, *numbers(spread), str(ALLREDUCE_GOAL), verdict(spread, ALLREDUCE_GOAL)]
         rows.append(row)
+    rows += link_ratios(found.get("link"))
     rows += _crowded(found.get("start_up", []), found["machine"]["cores"])
     if (tfrecord := (found.get("input") or {}).get("jpeg shards / tfrecord")) is not None:
         least, median, most = tfrecord
         spread = Spread(median, least, most)
         words = "JPEG shards / tuned TFRecord pipeline"
-        rows.append(["input", words, *_numbers(spread), str(TFRECORD_GOAL), verdict(spread, TFRECORD_GOAL)])
+        rows.append(["input", words, *numbers(spread), str(TFRECORD_GOAL), verdict(spread, TFRECORD_GOAL)])
     return rows
 
 
@@ -83,12 +90,13 @@ Measured on {found["date"]} in {found["seconds"] / 60:.0f} minutes. Peak rates a
 
 def _all_ratios(found: Mapping[str, Any]) -> str:
     header = ["work", "ratio", "median", "min", "max", "goal", ""]
-    return "## Ratios\n\n" + _table(header, ratio_lines(found), numbers=range(2, 5))
+    return "## Ratios\n\n" + table(header, ratio_lines(found), right=range(2, 5))
 
 
-def _group(group: Group, runs: Sequence[Run], cores: int) -> str:
+def _group(group: Group, runs: Sequence[Run], machine: Mapping[str, Any]) -> str:
     if not runs:
         return ""
+    cores = machine["cores"]
     flops = next((run["flops_per_image"] for run in runs if "flops_per_image" in run), None)
     rows = []
     for contender in group.contenders:
@@ -107,9 +115,14 @@ def _group(group: Group, runs: Sequence[Run], cores: int) -> str:
         rows.append([contender.name, _batch(contender), *cells, f"{start.median:.1f}", str(rounds)])
     header = ["contender", "batch", "images/s", "min to max", "of peak", "MB a process", "s to first step", "rounds"]
     note = f" {flops / 1e9:.2f} GFLOP an image, forward and backward." if flops else ""
-    steps = max(len(run.get("step_seconds", [])) for run in runs)
-    text = f"{steps} timed steps a round.{note}\n\n"
-    return f"## {group.title}\n\n{text}" + _table(header, rows, numbers=range(2, 8))
+    counts = sorted({len(run["step_seconds"]) for run in runs if "step_seconds" in run})
+    text = f"{' or '.join(map(str, counts))} timed steps a round.{note}\n\n"
+    if is_emulated(group, machine["instructions"]):
+        text = (
+            "This processor has no instructions for bfloat16, so it is emulated, slowly: one round of few steps.\n"
+            + text
+        )
+    return f"## {group.title}\n\n{text}" + table(header, rows, right=range(2, 8))
 
 
 def _batch(contender: Contender) -> str:
@@ -135,9 +148,9 @@ def _crowded(results: Sequence[Mapping[str, Any]], cores: int) -> list[list[str]
     base = Spread.of(rates[cores]).median
     rows = []
     for ranks in sorted(ranks for ranks in rates if ranks > cores):
-        numbers = _numbers(Spread.of([rate / base for rate in rates[ranks]]))
+        ratios = numbers(Spread.of([rate / base for rate in rates[ranks]]))
         words = f"images/s of {ranks} ranks / {cores} ranks on {cores} cores, 32 a rank"
-        rows.append(["ResNet-20, `hpctrain train`", words, *numbers, "", ""])
+        rows.append(["ResNet-20, `hpctrain train`", words, *ratios, "", ""])
     return rows
 
 
@@ -151,10 +164,10 @@ def _allreduce(results: Sequence[Mapping[str, Any]]) -> str:
             f"{1e3 * Spread.of([size[f'{path}_seconds'] for size in of_size]).median:.3f}"
             for path in ("horovod", "mpi", "mpi_in_place")
         ]
-        rows.append([f"{num_bytes // 2**20} MiB", *times, *_numbers(spread)])
+        rows.append([f"{num_bytes // 2**20} MiB", *times, *numbers(spread)])
     header = ["message", "Horovod ms", "MPI ms", "in place ms", "rate to in place", "min", "max"]
     text = f"`mpirun -n 2 hpctrain bench allreduce`, two ranks on this host, {len(results)} x 10 repeats; medians.\n\n"
-    return f"## Allreduce\n\n{text}" + _table(header, rows, numbers=range(1, 7))
+    return f"## Allreduce\n\n{text}" + table(header, rows, right=range(1, 7))
 
 
 def _start_up(results: Sequence[Mapping[str, Any]]) -> str:
@@ -172,11 +185,13 @@ def _start_up(results: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["a later step", *cells(lambda result: result["step_seconds"], 3)])
     rows.append(["images/s of all ranks, later steps", *cells(lambda result: result["images_per_second"], 0)])
     rows.append(["MB of the largest rank", *cells(lambda result: result["peak_rss_mb"], 0)])
+    if all("shared_out_mb" in result for result in results):
+        rows.append(["MB a rank, common pages shared out", *cells(lambda result: result["shared_out_mb"], 0)])
     text = """`hpctrain train demo` on made-up images, 32 a rank. Phases are medians over ranks, the sum is the slowest
 rank's. With more ranks than cores a rank waits for its turn in every phase; images/s that stay the same mean that the
 ranks share the cores and lose nothing.
 """
-    return f"## Start, and more ranks than cores\n\n{text}\n" + _table(header, rows, numbers=range(1, 1 + len(ranks)))
+    return f"## Start, and more ranks than cores\n\n{text}\n" + table(header, rows, right=range(1, 1 + len(ranks)))
 
 
 def _input(result: Mapping[str, Any] | None) -> str:
@@ -186,7 +201,7 @@ def _input(result: Mapping[str, Any] | None) -> str:
     text = (
         "`python -m benchmarks.input_pipeline`, heavy augmentation to 224x224; see [benchmarks.md](benchmarks.md).\n\n"
     )
-    return f"## Input\n\n{text}" + _table(["", "images/s"], rows, numbers=[1])
+    return f"## Input\n\n{text}" + table(["", "images/s"], rows, right=[1])
 
 
 def _definitions() -> str:
@@ -194,9 +209,11 @@ def _definitions() -> str:
     return f"""## What is compared
 
 Each figure is from a process of its own that trains on images in memory: some steps that do not count, then
-those that do. Contenders take turns, round by round, every other round in reverse. Images/s is the batch over the
-median step, added up over processes. A ratio is taken within a round; shown are median, least and most over rounds.
-All update by SGD with momentum. A process with two threads has twice the batch of one with one thread.
+those that do. Contenders take turns, round by round, every other round in reverse. After a first round of everything,
+another round of a group is begun as long as it fits into the time that the benchmark has, by what its contenders took
+before; a round that does not fit is left out. What the processor can only emulate comes last and once. Images/s is the
+batch over the median step, added up over processes. A ratio is taken within a round; shown are median, least and most
+over rounds. All update by SGD with momentum. A process with two threads has twice the batch of one with one thread.
 
 - **hpctrain**: the trainer's own step, as in `hpctrain train`; ranks under a plain `mpirun -n 2`. Independent
   processes are two that train at the same time, each on its own core, and know nothing of each other: the most that
@@ -217,19 +234,9 @@ the first step.
 
 def _failures(found: Mapping[str, Any]) -> str:
     lines = [f"- {run['group']}, {run['contender']}: {run['error']}" for run in found.get("runs", []) if "error" in run]
-    lines += [f"- {note}" for note in found.get("notes", [])]
+    lines += [f"- {note}" for kind in ("failed", "notes") for note in found.get(kind, [])]
     return "## What could not be measured\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _numbers(spread: Spread) -> list[str]:
-    return [f"{value:.2f}" for value in (spread.median, spread.least, spread.most)]
 
 
 def _rate(value: float) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int]) -> str:
-    right = set(numbers)
-    lines = [header, ["---:" if i in right else "---" for i in range(len(header))], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

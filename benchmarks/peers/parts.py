@@ -1,4 +1,7 @@
-"""What is measured besides train steps: the allreduce, the start, many ranks on few cores, and the input pipeline."""
+"""What is measured besides train steps: allreduce, start, more ranks than cores, input pipeline, profile of a step.
+
+`until` is always an end on time.monotonic's clock.
+"""
 
 import json
 import os
@@ -6,26 +9,39 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.runner import ROOT, TIMEOUT_SECONDS, Failed, mpirun, run_commands
+from benchmarks.peers.plan import PROFILE, Group
+from benchmarks.peers.runner import (
+    ROOT,
+    TIMEOUT_SECONDS,
+    Failed,
+    LeftOut,
+    OutOfTime,
+    mpirun,
+    run_commands,
+    start,
+    work_words,
+)
 
 _BATCH = 32  # of a rank
 _STEPS, _FIRST_STEPS = 12, 2  # of a start, and those that do not count as steps
+_MEMORY_SHARE = 0.9  # of what is free, that ranks may take
 
 
-def allreduce(sizes: str, repeats: int) -> dict[str, Any]:
+def allreduce(sizes: str, repeats: int, until: float) -> dict[str, Any]:
     """Return what `hpctrain bench allreduce` finds between two ranks on this host."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "allreduce.json"
         command = [sys.executable, "-m", "hpctrain", "bench", "allreduce", "--sizes", sizes, "--repeats", str(repeats)]
-        run_commands([mpirun(2, [*command, "--out", str(out)])])
+        run_commands([mpirun(2, [*command, "--out", str(out)])], until=until)
         return json.loads(out.read_text())
 
 
-def start_up(ranks: int) -> dict[str, Any]:
+def start_up(ranks: int, until: float) -> dict[str, Any]:
     """Start `hpctrain train demo` on made-up images; return medians over ranks, and the slowest rank's first step.
 
     `images_per_second` is that of all ranks together, over the steps after the first two.
@@ -36,7 +52,7 @@ def start_up(ranks: int) -> dict[str, Any]:
             *("data.synthetic=true", "data.path=null", "model.num_classes=10", "log.tensorboard=false"),
             *(f"train.micro_batch={_BATCH}", f"train.global_batch={_BATCH * ranks}", f"train.steps={_STEPS}"),
         ]
-        lines = run_commands([mpirun(ranks, command)])
+        lines = run_commands([mpirun(ranks, command)], until=until)
     if len(lines) != ranks:
         raise Failed(f"{len(lines)} of {ranks} ranks printed their figures")
     steps = [statistics.median(line["step_seconds"][_FIRST_STEPS - 1 :]) for line in lines]
@@ -47,23 +63,65 @@ def start_up(ranks: int) -> dict[str, Any]:
         "step_seconds": max(steps),
         "images_per_second": _BATCH * ranks / max(steps),
         "peak_rss_mb": max(line["peak_rss_mb"] for line in lines),
+        "shared_out_mb": statistics.mean(line["shared_out_mb"] for line in lines),
     }
 
 
-def input_pipeline(images: int, rounds: int, seconds: float) -> dict[str, Any]:
+def check_memory(ranks: int, before: Sequence[Mapping[str, Any]]) -> None:
+    """Raise LeftOut if so many ranks would not fit into the memory that is free, by what a rank took in earlier starts.
+
+    The earlier start with most ranks tells: the more there are, the smaller is each one's share of common pages.
+    """
+    if not before:
+        return
+    each = max(before, key=lambda start: start["ranks"])["shared_out_mb"]
+    free = _available_mb()
+    if ranks * each > _MEMORY_SHARE * free:
+        raise LeftOut(f"{ranks} ranks would take {ranks * each / 1e3:.1f} GB of the {free / 1e3:.1f} GB that are free")
+
+
+def _available_mb() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024 / 1e6
+
+
+def input_pipeline(images: int, rounds: int, seconds: float, until: float) -> dict[str, Any]:
     """Return what benchmarks.input_pipeline finds on so many JPEGs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.input_pipeline", "--work", folder, "--json"]
         options = ["--images", str(images), "--rounds", str(rounds), "--seconds", str(seconds)]
+        left = until - time.monotonic()
         try:
             done = subprocess.run(
-                [*command, *options], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+                [*command, *options],
+                cwd=ROOT,
+                env=os.environ,
+                capture_output=True,
+                text=True,
+                timeout=max(0.1, min(left, TIMEOUT_SECONDS)),
             )
         except subprocess.TimeoutExpired:
+            if left < TIMEOUT_SECONDS:
+                raise OutOfTime("the time was up") from None
             raise Failed(f"not done after {TIMEOUT_SECONDS:.0f} s") from None
     if done.returncode:
         raise Failed(f"exit code {done.returncode}: {_end_of(done.stderr.splitlines())}")
     return json.loads(done.stdout)
+
+
+def profile(groups: Sequence[Group], until: float) -> list[dict[str, Any]]:
+    """Return where a step's time goes, of two independent processes and of two ranks; the mean of the two.
+
+    `groups` are those of the models in plan.PROFILE, which says how many images a step.
+    """
+    results = []
+    for group in groups:
+        for contender in PROFILE[group.model]:
+            lines = start(contender, work_words(group, contender, quick=True), until=until)
+            kinds = lines[0]["milliseconds"]
+            mean = {kind: statistics.mean(line["milliseconds"][kind] for line in lines) for kind in kinds}
+            results.append({"group": group.name, "contender": contender.name, "milliseconds": mean})
+    return results
 
 
 def _end_of(lines: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Who runs against whom, and what is to be reached."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 PEAK_GFLOPS_A_CORE = {"float32": 256, "mixed_bfloat16": 512}  # AVX-512 and AMX as found on the machines this is for
@@ -21,6 +21,7 @@ class Contender:
     micro_batch: int = 0  # of each process
     quick: bool = False  # part of the quick run too
     rounds: int = 99  # no more than so many
+    steps: int = 99  # timed, a turn; no more than so many
     environment: dict[str, str] = field(default_factory=dict)
     needs_torch: bool = False
 
@@ -47,6 +48,8 @@ class Group:
     quick_steps: int
     contenders: Sequence[Contender]
     goals: Sequence[Goal]
+    rounds: int = 99  # no more than so many
+    warm_up: int = 2  # steps before those that are timed
 
     @property
     def name(self) -> str:
@@ -63,11 +66,13 @@ _KERAS = ("-m", "benchmarks.peers.keras_loop")
 _HOROVOD = (*_KERAS, "--horovod")
 _WORKERS = ("-m", "benchmarks.peers.multi_worker")
 _TORCH = ("-m", "benchmarks.peers.torch_loop")
+_BARE = ("-m", "benchmarks.peers.bare_convolutions")
 
 OURS, RANKS, APART = "hpctrain, 2 threads", "hpctrain, 2 ranks", "hpctrain, 2 independent processes"
 KERAS, KERAS_CORE = "Keras loop, 2 threads", "Keras loop, 1 thread"
 HOROVOD, HOROVOD_YIELD = "Horovod's ops, 2 ranks", "Horovod's ops, 2 ranks, MPI yields"
 WORKERS = "MultiWorkerMirroredStrategy, 2 workers"
+BARE = "bare convolutions, 2 independent processes"
 TORCH, TORCH_DDP = "PyTorch, 2 threads", "PyTorch DDP, 2 processes"
 
 
@@ -90,20 +95,24 @@ def _torch(batch: int, quick: Sequence[str]) -> list[Contender]:
     ]
 
 
-def _keras(batch: int, quick: bool = False) -> Contender:
-    return Contender(KERAS, _KERAS, threads=2, micro_batch=2 * batch, quick=quick, rounds=2)
+def _keras(batch: int, quick: bool = False, steps: int = 99) -> Contender:
+    return Contender(KERAS, _KERAS, threads=2, micro_batch=2 * batch, quick=quick, rounds=2, steps=steps)
 
 
-def _keras_core(batch: int, quick: bool = False) -> Contender:
-    return Contender(KERAS_CORE, _KERAS, micro_batch=batch, quick=quick, rounds=1)
+def _keras_core(batch: int, quick: bool = False, steps: int = 99) -> Contender:
+    return Contender(KERAS_CORE, _KERAS, micro_batch=batch, quick=quick, rounds=1, steps=steps)
 
 
-def _horovod(batch: int) -> Contender:
-    return Contender(HOROVOD, _HOROVOD, "mpirun", 2, micro_batch=batch, rounds=1)
+def _horovod(batch: int, steps: int = 99) -> Contender:
+    return Contender(HOROVOD, _HOROVOD, "mpirun", 2, micro_batch=batch, rounds=1, steps=steps)
 
 
-def _workers(batch: int) -> Contender:
-    return Contender(WORKERS, _WORKERS, "processes", 2, micro_batch=batch, rounds=1)
+def _workers(batch: int, steps: int = 99) -> Contender:
+    return Contender(WORKERS, _WORKERS, "processes", 2, micro_batch=batch, rounds=1, steps=steps)
+
+
+def _bare(batch: int, quick: bool = False) -> Contender:
+    return Contender(BARE, _BARE, "processes", 2, micro_batch=batch, quick=quick, rounds=1)
 
 
 # Images a step of one process with one thread; a process with two threads takes twice as many.
@@ -123,6 +132,7 @@ GROUPS = (
             _horovod(8),
             Contender(HOROVOD_YIELD, _HOROVOD, "mpirun", 2, micro_batch=8, rounds=1, environment=_YIELD),
             _workers(8),
+            _bare(8, quick=True),
         ],
         [
             Goal(OURS, TORCH, limit=1.25),
@@ -142,7 +152,7 @@ GROUPS = (
         "mixed_bfloat16",
         8,
         4,
-        [*_ours(8, [OURS, RANKS]), *_torch(8, [TORCH, TORCH_DDP]), _keras(8)],
+        [*_ours(8, [OURS, RANKS]), *_torch(8, [TORCH, TORCH_DDP]), _keras(8), _bare(8)],
         [
             Goal(OURS, TORCH, limit=1.05),
             Goal(RANKS, TORCH_DDP, limit=1.05),
@@ -160,10 +170,12 @@ GROUPS = (
             *_ours(32, [OURS, RANKS]),
             _apart(32),
             *_torch(32, [TORCH]),
-            _keras(32, quick=True),
-            _keras_core(32),
-            _horovod(32),
-            _workers(32),
+            # Keras' grouped convolutions take 5 s a step and more.
+            _keras(32, quick=True, steps=3),
+            _keras_core(32, steps=3),
+            _horovod(32, steps=3),
+            _workers(32, steps=3),
+            _bare(32),
         ],
         [
             Goal(OURS, KERAS, limit=4.0),
@@ -182,7 +194,7 @@ GROUPS = (
         "mixed_bfloat16",
         8,
         4,
-        [*_ours(32, [OURS]), *_torch(32, [TORCH])],
+        [*_ours(32, [OURS]), *_torch(32, [TORCH]), _bare(32)],
         [Goal(OURS, TORCH), Goal(RANKS, TORCH_DDP)],
     ),
     Group(
@@ -191,7 +203,16 @@ GROUPS = (
         "float32",
         30,
         15,
-        [*_ours(32, [RANKS]), _apart(32), *_torch(32, []), _keras(32), _keras_core(32), _horovod(32), _workers(32)],
+        [
+            *_ours(32, [RANKS]),
+            _apart(32),
+            *_torch(32, []),
+            _keras(32),
+            _keras_core(32),
+            _horovod(32),
+            _workers(32),
+            _bare(32),
+        ],
         [
             Goal(RANKS, APART),
             Goal(OURS, TORCH),
@@ -204,8 +225,44 @@ GROUPS = (
     ),
 )
 
-ROUNDS, QUICK_ROUNDS = 3, 1
+_EMULATED_STEPS = 2
+_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+
+
+def is_emulated(group: Group, instructions: Sequence[str]) -> bool:
+    """Whether a processor with these instructions has none for the group's precision: a step takes seconds then."""
+    return group.precision == "mixed_bfloat16" and not _BFLOAT16 & set(instructions)
+
+
+def groups_for(instructions: Sequence[str]) -> list[Group]:
+    """Return the groups in the order in which they are measured.
+
+    What the processor can only emulate comes last, when there is time for it: one round of two steps after one.
+    """
+    able = [group for group in GROUPS if not is_emulated(group, instructions)]
+    short = {"steps": _EMULATED_STEPS, "quick_steps": _EMULATED_STEPS, "rounds": 1, "warm_up": 1}
+    emulated = [replace(group, **short) for group in GROUPS if is_emulated(group, instructions)]  # type: ignore[arg-type]
+    return [*able, *emulated]
+
+
+ROUNDS, QUICK_ROUNDS = 3, 1  # the most; time decides
+MINUTES, QUICK_MINUTES = 38.0, 7.5
 ALLREDUCE_SIZES, QUICK_ALLREDUCE_SIZES = "1M,4M,16M,64M,256M", "1M,16M,256M"
 ALLREDUCE_GOAL = 0.9  # of raw MPI in place
-START_RANKS, QUICK_START_RANKS = (1, 2, 8, 16), (1, 2)
+LINK_MBIT = 1000
+LINK_SIZES, QUICK_LINK_SIZES = "1M,4M,16M,64M,256M", "1M,16M"
+LINK_GOAL, LINK_REPEATS = 0.95, 3
+START_RANKS, QUICK_START_RANKS = (1, 2, 8, 16, 32), (1, 2)
 TFRECORD_GOAL = 1.0
+
+
+def _profiled(batch: int) -> tuple[Contender, Contender]:
+    program = ("-m", "benchmarks.peers.profile_step")
+    return (
+        Contender("independent processes", program, "processes", 2, micro_batch=batch),
+        Contender("2 ranks", program, "mpirun", 2, micro_batch=batch),
+    )
+
+
+# The models whose float32 step is taken apart.
+PROFILE = {"resnet50": _profiled(8), "alexnet_bn": _profiled(32)}

@@ -1,6 +1,7 @@
-"""Starts contenders, in turn, and keeps what they print."""
+"""Starts contenders, and keeps what they print."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +26,33 @@ class Failed(Exception):
     """A contender did not do its work; says why in one line."""
 
 
-def take_turns(
-    group: Group, rounds: int, quick: bool, run: Callable[[Group, Contender], Run], say: Callable[[str], None]
-) -> list[Run]:
-    """Run the group's contenders round by round, each once a round; return their results with `round`, from 1.
-
-    Odd rounds go forward and even ones backward, so that nobody always comes right after the same one. A contender
-    that fails once is out; its result has `error` instead of figures.
-    """
-    contenders = [contender for contender in group.contenders if contender.quick or not quick]
-    results: list[Run] = []
-    failed: set[str] = set()
-    for number in range(1, rounds + 1):
-        for contender in contenders if number % 2 else reversed(contenders):
-            if number > contender.rounds or contender.name in failed:
-                continue
-            result: Run = {"group": group.name, "contender": contender.name, "round": number}
-            started = time.perf_counter()
-            try:
-                result |= run(group, contender)
-                say(f"{group.title}: {contender.name}, round {number}: {result['images_per_second']:.1f} images/s")
-            except Failed as error:
-                failed.add(contender.name)
-                result["error"] = str(error)
-                say(f"{group.title}: {contender.name} failed: {error}")
-            result["seconds"] = time.perf_counter() - started
-            results.append(result)
-    return results
+class LeftOut(Failed):
+    """What cannot be measured here, or not now; says why."""
 
 
-def run_contender(group: Group, contender: Contender, quick: bool = False, torch_path: str | None = None) -> Run:
+class OutOfTime(LeftOut):
+    """The time for the whole benchmark was up before it was done."""
+
+
+def run_contender(
+    group: Group, contender: Contender, quick: bool = False, torch_path: str | None = None, until: float = math.inf
+) -> Run:
     """Run it once; return images/s of all its processes together, and of the slowest or largest one the rest."""
-    steps = group.quick_steps if quick else group.steps
-    work = [
+    return together(start(contender, work_words(group, contender, quick), torch_path, until))
+
+
+def work_words(group: Group, contender: Contender, quick: bool) -> list[str]:
+    """Return the arguments that tell a contender what to do."""
+    steps = min(contender.steps, group.quick_steps if quick else group.steps)
+    return [
         *("--model", group.model, "--precision", group.precision, "--micro-batch", str(contender.micro_batch)),
-        *("--threads", str(contender.threads), "--steps", str(steps)),
+        *("--threads", str(contender.threads), "--steps", str(steps), "--warm-up", str(group.warm_up)),
     ]
-    return together(start(contender, work, torch_path))
 
 
-def start(contender: Contender, arguments: Sequence[str], torch_path: str | None = None) -> list[Run]:
+def start(
+    contender: Contender, arguments: Sequence[str], torch_path: str | None = None, until: float = math.inf
+) -> list[Run]:
     """Start a contender's processes and wait for them; return the line of JSON of each."""
     python = [sys.executable, *contender.program, *arguments]
     extra = dict(contender.environment)
@@ -78,7 +66,7 @@ def start(contender: Contender, arguments: Sequence[str], torch_path: str | None
             commands = _processes(contender, python, meeting)
         else:
             commands = [python]
-        lines = run_commands(commands, extra)
+        lines = run_commands(commands, extra, until)
     finally:
         shutil.rmtree(meeting)
     if len(lines) != contender.processes:
@@ -103,11 +91,14 @@ def together(lines: Sequence[Run]) -> Run:
     }
 
 
-def run_commands(commands: Sequence[Sequence[str]], extra: Mapping[str, str] | None = None) -> list[Run]:
+def run_commands(
+    commands: Sequence[Sequence[str]], extra: Mapping[str, str] | None = None, until: float = math.inf
+) -> list[Run]:
     """Run commands at the same time; return the JSON objects they print, one a line. Raises Failed.
 
-    All get `extra` beside this program's environment. Whatever is still running when one fails, when time is up or
-    when this program is interrupted is ended with all that it has started.
+    All get `extra` beside this program's environment. `until` is an end on time.monotonic's clock: OutOfTime. Whatever
+    is still running when one fails, when time is up or when this program is interrupted is ended with all that it has
+    started.
     """
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **_as_root(), **(extra or {}), LAUNCHED: str(time.time())}
     files = [tempfile.TemporaryFile("w+") for _ in range(2 * len(commands))]  # noqa: SIM115
@@ -126,11 +117,13 @@ def run_commands(commands: Sequence[Sequence[str]], extra: Mapping[str, str] | N
                     start_new_session=True,
                 )
             )
-        until = time.monotonic() + TIMEOUT_SECONDS
+        own_until = time.monotonic() + TIMEOUT_SECONDS
         while None in (codes := [process.poll() for process in started]):
             if any(codes):
                 break
             if time.monotonic() > until:
+                raise OutOfTime("the time was up")
+            if time.monotonic() > own_until:
                 raise Failed(f"not done after {TIMEOUT_SECONDS:.0f} s")
             time.sleep(0.05)
         for i, process in enumerate(started):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.work import LAUNCHED, peak_rss_mb, print_line
+from benchmarks.peers.work import LAUNCHED, peak_rss_mb, print_line, shared_out_mb
 
 PHASES = {
     "launch": "mpirun starts Python",
@@ -37,6 +37,7 @@ class Clock:
         self.steps: list[float] = []
         self.first_step_done = 0.0
         self.mpi_started = 0.0
+        self.shared_out_mb = 0.0  # after the second step, when all ranks are there
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, with its time added to a phase."""
@@ -74,6 +75,8 @@ class Clock:
             ended = time.time()
             self.first_step_done = self.first_step_done or ended
             self.steps.append(ended - started)
+            if len(self.steps) == 2:
+                self.shared_out_mb = shared_out_mb()
             return result
 
         return call
@@ -138,6 +141,7 @@ def main() -> None:
         first_step_seconds=clock.first_step_done - clock.launched,
         step_seconds=clock.steps[1:],
         peak_rss_mb=peak_rss_mb(),
+        shared_out_mb=clock.shared_out_mb,
     )
 
 

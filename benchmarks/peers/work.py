@@ -104,6 +104,13 @@ def peak_rss_mb() -> float:
     return int(kilobytes) * 1024 / 1e6
 
 
+def shared_out_mb() -> float:
+    """Return this process's memory in MB of 10^6 bytes, pages that several processes have shared out among them."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    kilobytes = next(line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:"))
+    return int(kilobytes) * 1024 / 1e6
+
+
 def _wait_for_all(folder: Path, process: int, processes: int) -> None:
     (folder / f"ready-{process}").touch()
     until = time.monotonic() + _MEETING_SECONDS

@@ -2,17 +2,21 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.peers import figures, plan, runner
+from benchmarks.peers import figures, parts, plan, runner
+from benchmarks.peers.budget import Budget
 from benchmarks.peers.figures import Spread
 from benchmarks.peers.page import ratio_lines, write_page
 from benchmarks.peers.plan import Contender, Goal, Group
+from benchmarks.peers.profile_step import ALL, REST, WAITING, summarize
 from benchmarks.peers.startup import PHASES, Clock
+from benchmarks.peers.turns import Turns, more_rounds
 
 GROUP = Group(
     "Made up",
@@ -35,35 +39,87 @@ def printing(rate: float, more: str = "") -> tuple[str, ...]:
     return ("-c", f"import sys\n{more}\nprint('chatter')\nprint({line!r})")
 
 
-def turns(quick: bool, failing: str = "") -> tuple[list[tuple[str, int]], list[dict[str, Any]]]:
-    called: list[tuple[str, int]] = []
+class Hours:
+    """A clock that goes on by so many seconds with each contender."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def turns(
+    quick: bool = False, failing: str = "", seconds: float = 1e9, each: float = 1.0
+) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """Three rounds of GROUP in a budget of `seconds`, `each` for a contender; who ran, results and who was left out."""
+    called: list[str] = []
+    clock = Hours()
 
     def run(group: Group, contender: Contender) -> dict[str, Any]:
-        called.append((contender.name, len(called)))
+        called.append(contender.name)
+        clock.now += each
         if contender.name == failing:
             raise runner.Failed("no luck")
         return {"images_per_second": 1.0}
 
-    return called, runner.take_turns(GROUP, 3, quick, run, lambda text: None)
+    budget = Budget(seconds, clock)
+    one = Turns(GROUP, quick, run, lambda text: None, budget, clock)
+    one.take_round()
+    more_rounds([one], 3, budget, lambda turns: None)
+    return "".join(called), one.results, one.left_out
 
 
 def test_contenders_take_turns_forward_and_back() -> None:
-    called, results = turns(quick=False)
-    assert "".join(name for name, _ in called) == "ABC" + "CA" + "AC"
+    called, results, _ = turns()
+    assert called == "ABC" + "CA" + "AC"
     assert [(r["contender"], r["round"]) for r in results][:4] == [("A", 1), ("B", 1), ("C", 1), ("C", 2)]
 
 
 def test_a_quick_run_leaves_contenders_out() -> None:
-    called, _ = turns(quick=True)
-    assert "".join(name for name, _ in called) == "AC" + "CA" + "AC"
+    assert turns(quick=True)[0] == "AC" + "CA" + "AC"
 
 
 def test_who_fails_is_out_and_the_others_go_on() -> None:
-    called, results = turns(quick=False, failing="A")
-    assert "".join(name for name, _ in called) == "ABC" + "C" + "C"
+    called, results, _ = turns(failing="A")
+    assert called == "ABC" + "C" + "C"
     assert next(r for r in results if "error" in r)["error"] == "no luck"
     assert figures.of_contender(results, "A", "images_per_second") is None
     assert figures.ratio(results, GROUP.goals[0]) is None
+
+
+def test_rounds_go_on_while_the_next_one_fits() -> None:
+    # The first round takes 30 s, each of the others 20.
+    assert turns(seconds=75, each=10)[0] == "ABC" + "CA" + "AC"
+    assert turns(seconds=65, each=10)[0] == "ABC" + "CA"
+    assert turns(seconds=45, each=10)[0] == "ABC"
+
+
+def test_a_first_round_ends_with_the_time_and_says_who_is_missing() -> None:
+    called, results, left_out = turns(seconds=25, each=10)
+    assert called == "AB" and len(results) == 2
+    assert left_out == ["Made up: C, round 1: the time was up"]
+
+
+def test_the_end_of_the_time_ends_whoever_runs() -> None:
+    with pytest.raises(runner.OutOfTime):
+        runner.run_commands([[sys.executable, "-c", "import time; time.sleep(600)"]], until=time.monotonic() + 0.2)
+
+
+def test_what_can_only_be_emulated_comes_last_and_once() -> None:
+    able = plan.groups_for(["avx512f", "avx512_bf16"])
+    assert able == list(plan.GROUPS)
+    emulated = [group for group in plan.groups_for(["avx2"]) if group.precision == "mixed_bfloat16"]
+    assert plan.groups_for(["avx2"])[-len(emulated) :] == emulated and len(emulated) == 2
+    assert all(group.rounds == 1 and group.steps <= 2 for group in emulated)
+
+
+def test_more_ranks_than_memory_holds_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_available_mb", lambda: 10_000.0)
+    before = [{"ranks": 2, "shared_out_mb": 700.0}, {"ranks": 16, "shared_out_mb": 500.0}]
+    parts.check_memory(18, before)
+    with pytest.raises(runner.LeftOut, match=r"20 ranks would take 10\.0 GB of the 10\.0 GB that are free"):
+        parts.check_memory(20, before)
 
 
 def test_a_contender_gets_its_work_and_its_figures_come_back() -> None:
@@ -127,7 +183,16 @@ def made_up() -> dict[str, Any]:
         "step_seconds": 0.25,
         "peak_rss_mb": 700.0,
     }
+    bare = run_of(plan.BARE, 1, 12) | {"convolution_flops_per_image": 22e9}
+    link_size: dict[str, Any] = {f"{path}_seconds": 0.2 for path in ("horovod", "mpi", "mpi_in_place")} | {
+        "bytes": 20 * 2**20
+    }
+    link_size |= {f"{path}_range_seconds": [0.19, 0.21] for path in ("horovod", "mpi", "mpi_in_place")}
+    tcp = {"one_way_bytes_per_second": [119e6], "both_ways_bytes_per_second": [118e6]}
+    profile = summarize({"_MklNativeConv2D": 30.0, "HorovodGroupedAllreduce": 40.0, "Other": 5.0}, 100.0)
     return {
+        "profile": [profile | {"group": "resnet50-fp32", "contender": "2 ranks"}],
+        "link": {"rate_mbit": 1000, "tcp": tcp, "allreduce": {"ranks": 2, "repeats": 3, "sizes": [link_size]}},
         "machine": {
             "cpu": "Abacus 9",
             "instructions": ["avx2"],
@@ -141,7 +206,7 @@ def made_up() -> dict[str, Any]:
         "date": "2026-01-02",
         "seconds": 1800.0,
         "notes": ["PyTorch was left out: No module named 'torch'"],
-        "runs": [*runs, failed],
+        "runs": [*runs, bare, failed],
         "allreduce": [{"sizes": [size]}],
         "start_up": [start | {"ranks": ranks, "images_per_second": rate} for ranks, rate in ((2, 256.0), (8, 192.0))],
         "input": {"jpeg shards": 1724, "tfrecord": 1267, "jpeg shards / tfrecord": [1.35, 1.36, 1.38]},
@@ -155,6 +220,8 @@ def test_rows_tell_ratio_goal_and_verdict() -> None:
     assert rows[f"{plan.OURS} / {plan.KERAS}"][2:] == ["3.00", "3.00", "3.00", "", ""]
     assert rows[f"{plan.OURS} / {plan.KERAS}, peak memory"][2:] == ["0.90", "0.90", "0.90", "at most 1.15", "met"]
     in_place = rows["Horovod as the trainer uses it / MPI_Allreduce in place, 1 MiB"]
+    link = rows["Horovod as the trainer uses it / a link of 1 Gbit/s, 20 MiB"]
+    assert link[2:] == ["0.84", "0.80", "0.88", "0.95", "**missed**"]
     assert in_place[2:] == ["0.80", "0.80", "0.80", "0.9", "**missed**"]
     assert rows["JPEG shards / tuned TFRecord pipeline"][2:] == ["1.36", "1.35", "1.38", "1.0", "met"]
     assert rows["images/s of 8 ranks / 2 ranks on 2 cores, 32 a rank"][2] == "0.75"
@@ -170,6 +237,18 @@ def test_the_page_has_everything_that_was_measured() -> None:
     assert "| **from mpirun to the end of the first step** | 13.50 | 13.50 |" in page
     assert f"- resnet50-fp32, {plan.WORKERS}: exit code 1: no" in page and "No module named 'torch'" in page
     assert "AlexNet-BN, float32\n" not in page
+    # 12 images/s of 22 GFLOP and 10 of 23, on two cores
+    assert "| ResNet-50, float32 | 132 | 52% | 115 | 45% | 87% | 83% |" in page
+    assert "| convolutions | 30.0 | 30.0 |" in page
+    assert "| 20 MiB | 200.0 | 0.84 | 200.0 | 0.84 | 200.0 | 0.84 |" in page and "carries 0.952 of the link" in page
+
+
+def test_kinds_of_operations_add_up_to_the_step() -> None:
+    found = summarize({"_MklNativeConv2D": 30.0, "HorovodAllreduce": 40.0, "Relu": 2.0, "Foo": 5.0}, 100.0)[
+        "milliseconds"
+    ]
+    assert found["convolutions"] == 30 and found["activations and additions"] == 2 and found[REST] == 5
+    assert found[WAITING] == 63 and sum(found.values()) == 2 * found[ALL]
 
 
 def test_the_plan_is_consistent() -> None:

@@ -1,0 +1,104 @@
+"""The page's tables that explain: the bare convolutions, where a step's time goes, the link between two hosts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.peers.figures import Run, Spread, of_contender, verdict
+from benchmarks.peers.plan import APART, BARE, LINK_GOAL, OURS, PEAK_GFLOPS_A_CORE, RANKS, Group
+from benchmarks.peers.table import numbers, table
+
+_HEADERS = {"mpi": "MPI", "mpi_in_place": "MPI in place", "horovod": "Horovod as the trainer uses it"}
+
+
+def bare_convolutions(groups: Sequence[tuple[Group, Sequence[Run]]], cores: int) -> str:
+    """Return the rate of the convolutions alone, and of the whole step beside it, for a core."""
+    rows = []
+    for group, runs in groups:
+        rate = of_contender(runs, BARE, "images_per_second")
+        flops = next((run["flops_per_image"] for run in runs if "flops_per_image" in run), None)
+        ours = next((name for name in (APART, RANKS, OURS) if of_contender(runs, name, "images_per_second")), None)
+        step = of_contender(runs, ours, "images_per_second") if ours else None
+        if rate is None or step is None or flops is None or ours is None:
+            continue
+        alone = next(run["convolution_flops_per_image"] for run in runs if "convolution_flops_per_image" in run)
+        peak = PEAK_GFLOPS_A_CORE[group.precision]
+        bare, whole = (spread.median * each / min(2, cores) / 1e9 for spread, each in ((rate, alone), (step, flops)))
+        cells = [f"{bare:.0f}", f"{bare / peak:.0%}", f"{whole:.0f}", f"{whole / peak:.0%}", f"{whole / bare:.0%}"]
+        rows.append([group.title, *cells, f"{step.median / rate.median:.0%}", ours])
+    if not rows:
+        return ""
+    header = ["work", "convolutions", "of peak", "step", "of peak", "step to convolutions", "time in them", "step of"]
+    text = """GFLOP/s of a core. The convolutions alone are forward, backward for the input and for the weights, each
+layer's shape, one after the other, as TensorFlow runs them; the step has dense layers as well, so its rate can be
+higher. The time in them is the convolutions' time to that of the step.
+
+"""
+    return f"## Bare convolutions\n\n{text}" + table(header, rows, range(1, 7))
+
+
+def profile(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
+    """Return where the time of a step goes; `titles` are those of groups."""
+    if not results:
+        return ""
+    names = [f"{titles[result['group']]}, {result['contender']}" for result in results]
+    header = ["ms of a step", *(f"{name} {unit}" for name in names for unit in ("", "%"))]
+    rows = []
+    for kind in results[0]["milliseconds"]:
+        cells = []
+        for result in results:
+            milliseconds, whole = result["milliseconds"][kind], result["milliseconds"]["whole step"]
+            cells += [f"{milliseconds:,.1f}", f"{100 * milliseconds / whole:.1f}"]
+        rows.append([kind, *cells])
+    text = """TensorFlow's profiler around some steps of two processes, each with one thread. What Horovod does beside
+the operations does not count as one.
+
+"""
+    return f"## Where the time of a step goes\n\n{text}" + table(header, rows, range(1, 1 + 2 * len(results)))
+
+
+def link_ratios(result: Mapping[str, Any] | None) -> list[list[str]]:
+    """Return rows of the page's ratios: the trainer's allreduce to the link, and to what TCP makes of it."""
+    rows = []
+    for size in (result or {}).get("allreduce", {}).get("sizes", []):
+        assert result is not None
+        for words, limit in (
+            (f"a link of {result['rate_mbit'] / 1000:g} Gbit/s", result["rate_mbit"] * 1e6 / 8),
+            ("TCP both ways", Spread.of(result["tcp"]["both_ways_bytes_per_second"]).median),
+        ):
+            spread = _of_limit(size, "horovod", result["allreduce"]["ranks"], limit)
+            ratio = f"Horovod as the trainer uses it / {words}, {size['bytes'] // 2**20} MiB"
+            rows.append(["allreduce, 2 hosts", ratio, *numbers(spread), str(LINK_GOAL), verdict(spread, LINK_GOAL)])
+    return rows
+
+
+def link(result: Mapping[str, Any] | None) -> str:
+    """Return the allreduce between two hosts beside TCP."""
+    if not result:
+        return ""
+    limit = result["rate_mbit"] * 1e6 / 8
+    ranks = result["allreduce"]["ranks"]
+    rows = []
+    for size in result["allreduce"]["sizes"]:
+        cells = []
+        for path in _HEADERS:
+            cells += [f"{1e3 * size[f'{path}_seconds']:,.1f}", f"{_of_limit(size, path, ranks, limit).median:.2f}"]
+        rows.append([f"{size['bytes'] // 2**20} MiB", *cells])
+    header = ["message", *(text for name in _HEADERS.values() for text in (f"{name} ms", "of the link"))]
+    one_way, both = (
+        Spread.of(result["tcp"][f"{way}_bytes_per_second"]).median / limit for way in ("one_way", "both_ways")
+    )
+    rate, repeats = result["rate_mbit"], result["allreduce"]["repeats"]
+    text = f"""`hpctrain bench allreduce` between two emulated hosts on this machine, {rate} Mbit/s each way, which is
+{limit / 1e6:.0f} MB/s with the headers of Ethernet and TCP; {repeats} repeats, medians. Bus bandwidth, 2(n-1)/n times
+the bytes a second, to that. TCP by itself, a socket and nothing else, carries {one_way:.3f} of the link one way and
+{both:.3f} each way when both send.
+
+"""
+    return f"## Allreduce between two hosts\n\n{text}" + table(header, rows, range(1, 1 + 2 * len(_HEADERS)))
+
+
+def _of_limit(size: Mapping[str, Any], path: str, ranks: int, limit: float) -> Spread:
+    """Bus bandwidth to a rate in bytes a second: of the median time, the longest and the shortest."""
+    sent = 2 * (ranks - 1) / ranks * size["bytes"]
+    fastest, slowest = size[f"{path}_range_seconds"]
+    return Spread(sent / size[f"{path}_seconds"] / limit, sent / slowest / limit, sent / fastest / limit)
