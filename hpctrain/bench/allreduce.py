@@ -22,7 +22,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _WARM_UP_CALLS = 3
 _REPEAT_SECONDS = 0.005
 _MOST_CALLS = 200
-_SUMS_A_GRAPH = 16  # one after the other, each of the last one's result; starting a graph from Python takes 0.1 ms
+_MOST_SUMS_A_GRAPH = 16  # one after the other, each of the last one's result; starting a graph takes 0.1 ms
+_GRAPH_SECONDS = 2.0  # what they should take at most, by the time of raw MPI
 _ADDED_BYTES = 16 * 2**20  # larger than a core's own caches, as the gradients of a step are
 
 
@@ -57,9 +58,10 @@ def measure_allreduce(world: World, sizes_bytes: Sequence[int], repeats: int, ho
     gamma = _measure_addition(world, repeats)
     if horovod:
         calls = _horovod_calls(world)
-        times["horovod"] = [
-            [seconds / _SUMS_A_GRAPH for seconds in _repeat(world, calls(size), repeats)] for size in sizes_bytes
-        ]
+        times["horovod"] = []
+        for size, raw in zip(sizes_bytes, times["mpi_in_place"], strict=True):
+            sums = max(2, min(_MOST_SUMS_A_GRAPH, int(_GRAPH_SECONDS / statistics.median(raw))))
+            times["horovod"].append([seconds / sums for seconds in _repeat(world, calls(size, sums), repeats)])
     medians = {path: [statistics.median(repeated) for repeated in of_sizes] for path, of_sizes in times.items()}
     rows = [_row(size, {p: t[i] for p, t in times.items()}, world.size) for i, size in enumerate(sizes_bytes)]
     fit = fit_ring(sizes_bytes, world.size, medians["mpi_in_place"], medians.get("horovod"), gamma)
@@ -121,8 +123,8 @@ def _mpi_calls(world: World, in_place: bool) -> Callable[[int], Callable[[], obj
     return make
 
 
-def _horovod_calls(world: World) -> Callable[[int], Callable[[], object]]:
-    """The same through the trainer's reducer, inside a graph as in the train step, with the trainer's defaults."""
+def _horovod_calls(world: World) -> Callable[[int, int], Callable[[], object]]:
+    """The same by the trainer's reducer: as many sums, one after the other, in a graph like a train step's."""
     from hpctrain.parallel.quiet import import_tensorflow, without_chatter
 
     import_tensorflow()
@@ -136,7 +138,7 @@ def _horovod_calls(world: World) -> Callable[[int], Callable[[], object]]:
 
     reducer = Reducer(world)
 
-    def make(num_bytes: int) -> Callable[[], object]:
+    def make(num_bytes: int, sums: int) -> Callable[[], object]:
         gradient = tf.ones([num_bytes // 4])
         once = tf.function(lambda tensor: reducer.sum_gradients([tensor])[0])
         _check("Horovod", once(gradient).numpy()[[0, -1]], world)
@@ -144,7 +146,7 @@ def _horovod_calls(world: World) -> Callable[[int], Callable[[], object]]:
         @tf.function
         def chain(ones: Any) -> Any:
             total = ones - 1.0  # zeros stay zeros
-            for _ in range(_SUMS_A_GRAPH):
+            for _ in range(sums):
                 [total] = reducer.sum_gradients([total])
             return total[0]
 
