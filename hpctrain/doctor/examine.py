@@ -142,6 +142,7 @@ def _judge(found: Examination, directory_given: bool) -> None:
     if found.world.comm is not None:
         found.warnings += findings.launch_warnings(found.world.places, found.world.plans, os.environ)
     found.warnings += findings.node_warnings(facts)
+    found.warnings += findings.horovod_warnings(facts)
     if uncompiled := native.missing():
         found.warnings.append(f"not compiled: {', '.join(uncompiled)}; run python -m hpctrain.native.build")
     tested = sum("directory" in one.errors or "write" in one.values for one in measured)

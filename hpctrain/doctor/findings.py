@@ -97,6 +97,17 @@ def horovod_problems(horovod: Sequence[Horovod], facts: Sequence[Facts]) -> list
     return [f"{where(ranks, facts)}: {text}" for text, ranks in broken.items()]
 
 
+def horovod_warnings(facts: Sequence[Facts]) -> list[str]:
+    """Return a sentence if Horovod is not the one that install.sh builds."""
+    version = facts[0].versions.get("horovod")
+    if version is None or "+hpctrain" in version:
+        return []
+    return [
+        f"Horovod {version} is without hpctrain's changes, so that sums within a host take two to four times as long; "
+        "run install.sh again"
+    ]
+
+
 def failures(measured: Sequence[Measured], facts: Sequence[Facts], what: str) -> dict[str, list[int]]:
     """Return sentences about a measurement that failed, each with the ranks it failed on."""
     found: dict[str, list[int]] = {}

@@ -50,6 +50,15 @@ def change(facts: list[Facts], rank: int, **values: object) -> None:
     facts[rank] = dataclasses.replace(facts[rank], **values)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("version", "said"), [("0.28.1", True), ("0.28.1+hpctrain1", False), (None, False)])
+def test_a_horovod_as_it_comes_is_told(version: str | None, said: bool) -> None:
+    facts = make_facts(2)
+    others = {name: v for name, v in facts[0].versions.items() if name != "horovod"}
+    for rank in (0, 1):
+        change(facts, rank, versions=others | ({"horovod": version} if version else {}))
+    assert [line.startswith("Horovod 0.28.1 is without") for line in findings.horovod_warnings(facts)] == [True] * said
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 8, 2048])
 def test_equal_ranks_give_no_sentence(ranks: int) -> None:
     facts, measured = make_facts(ranks), make_measured(ranks)

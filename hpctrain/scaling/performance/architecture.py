@@ -124,10 +124,10 @@ def _resnet(depth: int, stride_in_3x3: bool, num_classes: int, size: int) -> lis
 
 
 def _side_by_side(shortcut: list[LayerShape], last: list[LayerShape]) -> list[LayerShape]:
-    """Keras sorts layers by their distance from the output: the shortcut's are where the block's last ones are."""
+    """Keras sorts layers by their distance from the output, and the last batch norm takes the shortcut as an input."""
     if not shortcut:
         return last
-    return [last[0], shortcut[0], last[1], shortcut[1]]
+    return [shortcut[0], last[0], shortcut[1], last[1]]
 
 
 def _cifar_resnet(depth: int, num_classes: int, side: int) -> list[LayerShape]:
