@@ -92,7 +92,7 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     for operation in native.OPERATIONS:
-        compiled = native.library(operation).is_file()
+        compiled = native.compiled_file(operation).is_file()
         versions[f"{operation} operation"] = "compiled" if compiled else "TensorFlow's"
     return versions
 

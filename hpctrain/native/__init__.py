@@ -14,14 +14,14 @@ FOLDER = Path(__file__).parent
 OPERATIONS = ("batch_norm", "crop_resize")  # each a .cc file of this folder
 
 
-def library(operation: str) -> Path:
+def compiled_file(operation: str) -> Path:
     """Return where the compiled operation is, or would be."""
     return FOLDER / f"_{operation}.so"
 
 
 def missing() -> list[str]:
     """Return the operations that are not compiled."""
-    return [operation for operation in OPERATIONS if not library(operation).is_file()]
+    return [operation for operation in OPERATIONS if not compiled_file(operation).is_file()]
 
 
 def crop_resize() -> Any:
@@ -44,14 +44,14 @@ def batch_norm() -> Any:
 
 @functools.cache
 def _load(operation: str) -> Any:
-    if not library(operation).is_file():
+    if not compiled_file(operation).is_file():
         return None
     import tensorflow as tf
 
     try:
-        return tf.load_op_library(str(library(operation)))
+        return tf.load_op_library(str(compiled_file(operation)))
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(
-            f"{library(operation)} does not fit TensorFlow {tf.__version__} ({str(error).splitlines()[0]}); "
+            f"{compiled_file(operation)} does not fit TensorFlow {tf.__version__} ({str(error).splitlines()[0]}); "
             "compile it again with `python -m hpctrain.native.build`"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpctrain.data.atomic import publish, temporary_path
 from hpctrain.errors import UserError
-from hpctrain.native import FOLDER, OPERATIONS, library
+from hpctrain.native import FOLDER, OPERATIONS, compiled_file
 
 # Without -march, as compute nodes need not be what the login node is; the sources pick their vectors at run time.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
@@ -34,7 +34,7 @@ def build() -> list[Path]:
 
 
 def _compile(compiler: str, flags: list[str], link_flags: list[str], operation: str) -> Path:
-    source, finished = FOLDER / f"{operation}.cc", library(operation)
+    source, finished = FOLDER / f"{operation}.cc", compiled_file(operation)
     temporary = temporary_path(finished)
     command = [compiler, *_FLAGS, *flags, str(source), "-o", str(temporary), *link_flags]
     try:

@@ -40,7 +40,7 @@ def test_a_missing_or_failing_compiler_leaves_what_was_there(monkeypatch: pytest
     pytest.importorskip("tensorflow")
     from hpctrain.native.build import build as compile_them
 
-    before = [native.library(operation).read_bytes() for operation in native.OPERATIONS]
+    before = [native.compiled_file(operation).read_bytes() for operation in native.OPERATIONS]
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
         compile_them()
@@ -50,5 +50,5 @@ def test_a_missing_or_failing_compiler_leaves_what_was_there(monkeypatch: pytest
     monkeypatch.setenv("CXX", str(failing))
     with pytest.raises(UserError, match="out of space"):
         compile_them()
-    assert [native.library(operation).read_bytes() for operation in native.OPERATIONS] == before
+    assert [native.compiled_file(operation).read_bytes() for operation in native.OPERATIONS] == before
     assert [path.name for path in native.FOLDER.glob(".*tmp*")] == []
