@@ -164,7 +164,7 @@ digest() {
   {
     printf '%s\n' "$prefix" "$source_dir" "$editable" "$mpi"
     cat "$source_dir/install.sh" "$source_dir/$HOROVOD_PATCH" "$source_dir/pyproject.toml" \
-      "$source_dir"/hpctrain/native/*.cc
+      "$source_dir"/hpctrain/native/*.{cc,h}
     awk '/^\[/ { wanted = /^\[(metadata|options)/ } wanted' "$source_dir/setup.cfg"
     if [[ $editable == no ]]; then
       cd "$source_dir"

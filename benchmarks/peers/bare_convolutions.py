@@ -1,15 +1,19 @@
 """Only a model's convolutions: forward, backward for the input and for the weights, one after the other.
 
-As TensorFlow runs them by themselves, on made-up numbers of each layer's shape, and nothing between them: no batch
-norm, no activations, no dense layers, no update. It is what a train step could reach if all the rest were for nothing.
+By themselves, on made-up numbers of each layer's shape, and nothing between them: no batch norm, no activations, no
+dense layers, no update. It is what a train step could reach if all the rest were for nothing. They are done as
+hpctrain's models do them or, with BARE_CONVOLUTIONS=TensorFlow in the environment, all by TensorFlow's own kernels.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.peers.work import Work, parse_work, time_steps
+
+BY = "BARE_CONVOLUTIONS"  # environment variable
 
 Call = Callable[[], Any]
 
@@ -58,6 +62,9 @@ def passes(one: Convolution, work: Work) -> list[Call]:
     """Return functions that do the passes of a convolution on a micro-batch; each gives its output back uncopied."""
     import tensorflow as tf
 
+    from hpctrain.models.convolution import convolve
+
+    by = tf.nn.conv2d if os.environ.get(BY) == "TensorFlow" else convolve
     kind = tf.bfloat16 if work.bfloat16 else tf.float32
 
     def made_up(*shape: int) -> Any:
@@ -65,19 +72,22 @@ def passes(one: Convolution, work: Work) -> list[Call]:
 
     images = made_up(work.micro_batch, *one.input_shape)
     kernel = made_up(*one.kernel_shape)
-    gradient = made_up(work.micro_batch, *one.output_shape)
-    options = {"strides": [1, one.stride, one.stride, 1], "padding": one.padding}
-    forward = tf.function(lambda x, k: tf.raw_ops.Conv2D(input=x, filter=k, **options))
-    weights = tf.function(
-        lambda x, g: tf.raw_ops.Conv2DBackpropFilter(input=x, filter_sizes=one.kernel_shape, out_backprop=g, **options)
-    )
-    data = tf.function(
-        lambda k, g: tf.raw_ops.Conv2DBackpropInput(
-            input_sizes=[work.micro_batch, *one.input_shape], filter=k, out_backprop=g, **options
-        )
-    )
-    arguments = [(forward, images, kernel), (weights, images, gradient), (data, kernel, gradient)]
-    graphs = [(graph.get_concrete_function(*given), given) for graph, *given in arguments[: 2 if one.is_first else 3]]
+    dy = made_up(work.micro_batch, *one.output_shape)
+    outputs = tf.function(lambda x, k: by(x, k, one.stride, one.padding))
+
+    def gradient(which: int) -> Any:
+        @tf.function
+        def graph(x: Any, k: Any, of_y: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch((x, k))
+                y = by(x, k, one.stride, one.padding)  # nobody reads it, so the graph will do without
+            return tape.gradient(y, (x, k)[which], output_gradients=of_y)
+
+        return graph
+
+    kinds: list[tuple[Any, tuple[Any, ...]]] = [(outputs, (images, kernel))]
+    kinds += [(gradient(which), (images, kernel, dy)) for which in ([1] if one.is_first else [1, 0])]
+    graphs = [(graph.get_concrete_function(*given), given) for graph, given in kinds]
     return [functools.partial(graph, *given) for graph, given in graphs]
 
 

@@ -73,6 +73,7 @@ KERAS, KERAS_CORE = "Keras loop, 2 threads", "Keras loop, 1 thread"
 HOROVOD, HOROVOD_YIELD = "Horovod's ops, 2 ranks", "Horovod's ops, 2 ranks, MPI yields"
 WORKERS = "MultiWorkerMirroredStrategy, 2 workers"
 BARE = "bare convolutions, 2 independent processes"
+BARE_TENSORFLOW = "bare convolutions by TensorFlow, 2 independent processes"
 TORCH, TORCH_DDP = "PyTorch, 2 threads", "PyTorch DDP, 2 processes"
 
 
@@ -115,6 +116,11 @@ def _bare(batch: int, quick: bool = False) -> Contender:
     return Contender(BARE, _BARE, "processes", 2, micro_batch=batch, quick=quick, rounds=1)
 
 
+def _bare_tensorflow(batch: int) -> Contender:
+    environment = {"BARE_CONVOLUTIONS": "TensorFlow"}
+    return Contender(BARE_TENSORFLOW, _BARE, "processes", 2, micro_batch=batch, rounds=1, environment=environment)
+
+
 # Images a step of one process with one thread; a process with two threads takes twice as many.
 GROUPS = (
     Group(
@@ -133,6 +139,7 @@ GROUPS = (
             Contender(HOROVOD_YIELD, _HOROVOD, "mpirun", 2, micro_batch=8, rounds=1, environment=_YIELD),
             _workers(8),
             _bare(8, quick=True),
+            _bare_tensorflow(8),
         ],
         [
             Goal(OURS, TORCH, limit=1.25),
@@ -176,6 +183,7 @@ GROUPS = (
             _horovod(32, steps=3),
             _workers(32, steps=3),
             _bare(32),
+            _bare_tensorflow(32),
         ],
         [
             Goal(OURS, KERAS, limit=4.0),
@@ -212,6 +220,7 @@ GROUPS = (
             _horovod(32),
             _workers(32),
             _bare(32),
+            _bare_tensorflow(32),
         ],
         [
             Goal(RANKS, APART),

@@ -20,7 +20,7 @@ from typing import Any
 import keras
 
 from hpctrain.errors import UserError
-from hpctrain.models.layers import FusedBatchNorm, GroupedConv2D, LocalResponseNormalization, SeededDropout
+from hpctrain.models.layers import FastConv2D, FusedBatchNorm, GroupedConv2D, LocalResponseNormalization, SeededDropout
 from hpctrain.models.seeds import layer_seed
 
 SMALLEST_IMAGE = 67  # leaves one pixel after the last pooling
@@ -108,7 +108,7 @@ def _conv(
     }
     if groups > 1:
         return GroupedConv2D(filters, size, groups, **options)(x)
-    return keras.layers.Conv2D(filters, size, data_format="channels_last", **options)(x)
+    return FastConv2D(filters, size, data_format="channels_last", **options)(x)
 
 
 def _relu(x: Any, number: int) -> Any:

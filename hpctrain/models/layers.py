@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from hpctrain.models.batch_norm import add_relu, batch_norm, normalize
+from hpctrain.models.convolution import convolve
 
 Shape = tuple[int | None, ...]
 
@@ -145,6 +146,20 @@ class LocalResponseNormalization(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")
+class FastConv2D(keras.layers.Conv2D):
+    """Keras' convolution of (N, H, W, C) images by the fastest kernel there is (`convolution.py`), but for rounding.
+
+    Groups, dilation and other layouts are left to Keras.
+    """
+
+    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        stride, *others = set(self.strides)
+        if others or self.groups != 1 or set(self.dilation_rate) != {1} or self.data_format != "channels_last":
+            return super().convolution_op(inputs, kernel)
+        return convolve(inputs, tf.convert_to_tensor(kernel), stride, self.padding)
+
+
+@keras.saving.register_keras_serializable(package="hpctrain")
 class GroupedConv2D(keras.layers.Layer):
     """A grouped convolution, done as one plain convolution per group on slices of the channels, then concatenated.
 
@@ -186,10 +201,7 @@ class GroupedConv2D(keras.layers.Layer):
     def call(self, x: Any) -> Any:
         inputs = tf.split(x, self.groups, axis=-1)
         kernels = tf.split(tf.convert_to_tensor(self.kernel), self.groups, axis=-1)
-        outputs = [
-            tf.nn.conv2d(inputs[group], kernels[group], self.strides, self.padding.upper())
-            for group in range(self.groups)
-        ]
+        outputs = [convolve(inputs[group], kernels[group], self.strides, self.padding) for group in range(self.groups)]
         y = tf.concat(outputs, axis=-1)
         return tf.nn.bias_add(y, tf.convert_to_tensor(self.bias)) if self.use_bias else y
 

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 
 from hpctrain.errors import UserError
-from hpctrain.models.layers import FusedBatchNorm, SubsampleAndPad
+from hpctrain.models.layers import FastConv2D, FusedBatchNorm, SubsampleAndPad
 from hpctrain.models.seeds import layer_seed
 
 # Table 1 of the paper: blocks in each of the four stages, of 64, 128, 256 and 512 filters.
@@ -138,7 +138,7 @@ class _Parts:
             pad_name = f"{prefix}pad{suffix}"
             x = keras.layers.ZeroPadding2D(size // 2, data_format="channels_last", name=pad_name)(x)
             padding = "valid"
-        x = keras.layers.Conv2D(
+        x = FastConv2D(
             filters,
             size,
             stride,

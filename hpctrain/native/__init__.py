@@ -4,6 +4,7 @@
 get None and use TensorFlow's. Nothing is loaded before it is asked for.
 """
 
+import ctypes
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from hpctrain.errors import UserError
 
 FOLDER = Path(__file__).parent
-OPERATIONS = ("batch_norm", "crop_resize")  # each a .cc file of this folder
+OPERATIONS = ("batch_norm", "crop_resize", "winograd")  # each a .cc file of this folder
 
 
 def compiled_file(operation: str) -> Path:
@@ -40,6 +41,20 @@ def batch_norm() -> Any:
     `models/batch_norm.py` says what they compute; it also registers the gradient.
     """
     return _load("batch_norm")
+
+
+@functools.cache
+def winograd() -> Any:
+    """Return the module with `hpctrain_winograd` and `hpctrain_winograd_kernel_grad`, or None. Needs AVX-512.
+
+    `models/convolution.py` says what they compute; it also registers the gradient.
+    """
+    loaded = _load("winograd")
+    if loaded is None:
+        return None
+    works = ctypes.CDLL(str(compiled_file("winograd"))).hpctrain_winograd_works
+    works.restype = ctypes.c_bool
+    return loaded if works() else None
 
 
 @functools.cache

@@ -183,7 +183,8 @@ def made_up() -> dict[str, Any]:
         "step_seconds": 0.25,
         "peak_rss_mb": 700.0,
     }
-    bare = run_of(plan.BARE, 1, 12) | {"convolution_flops_per_image": 22e9}
+    bare = [run_of(name, 1, rate) for name, rate in ((plan.BARE, 12), (plan.BARE_TENSORFLOW, 10))]
+    bare = [run | {"convolution_flops_per_image": 22e9} for run in bare]
     link_size: dict[str, Any] = {f"{path}_seconds": 0.2 for path in ("horovod", "mpi", "mpi_in_place")} | {
         "bytes": 20 * 2**20
     }
@@ -206,7 +207,7 @@ def made_up() -> dict[str, Any]:
         "date": "2026-01-02",
         "seconds": 1800.0,
         "notes": ["PyTorch was left out: No module named 'torch'"],
-        "runs": [*runs, bare, failed],
+        "runs": [*runs, *bare, failed],
         "allreduce": [{"sizes": [size]}],
         "start_up": [start | {"ranks": ranks, "images_per_second": rate} for ranks, rate in ((2, 256.0), (8, 192.0))],
         "input": {"jpeg shards": 1724, "tfrecord": 1267, "jpeg shards / tfrecord": [1.35, 1.36, 1.38]},
@@ -238,13 +239,14 @@ def test_the_page_has_everything_that_was_measured() -> None:
     assert f"- resnet50-fp32, {plan.WORKERS}: exit code 1: no" in page and "No module named 'torch'" in page
     assert "AlexNet-BN, float32\n" not in page
     # 12 images/s of 22 GFLOP and 10 of 23, on two cores
-    assert "| ResNet-50, float32 | 132 | 52% | 115 | 45% | 87% | 83% |" in page
+    assert "| ResNet-50, float32 | hpctrain | 132 | 52% | 115 | 45% | 87% | 83% |" in page
+    assert "| ResNet-50, float32 | TensorFlow | 110 | 43% | 115 | 45% | 105% | 100% |" in page
     assert "| convolutions | 30.0 | 30.0 |" in page
     assert "| 20 MiB | 200.0 | 0.84 | 200.0 | 0.84 | 200.0 | 0.84 |" in page and "carries 0.952 of the link" in page
 
 
 def test_kinds_of_operations_add_up_to_the_step() -> None:
-    found = summarize({"_MklNativeConv2D": 30.0, "HorovodAllreduce": 40.0, "Relu": 2.0, "Foo": 5.0}, 100.0)[
+    found = summarize({"HpctrainWinogradKernelGrad": 30.0, "HorovodAllreduce": 40.0, "Relu": 2.0, "Foo": 5.0}, 100.0)[
         "milliseconds"
     ]
     assert found["convolutions"] == 30 and found["activations and additions"] == 2 and found[REST] == 5

@@ -1,0 +1,219 @@
+// TensorFlow operations HpctrainWinograd and HpctrainWinogradKernelGrad: 3x3 convolutions of float32 images with stride 1
+// and a border of one zero, and the gradients of their inputs and kernels. winograd.h has the algorithm.
+//
+// Results do not depend on the number of threads: work is cut by the shape alone, and what is cut is added in order.
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include "winograd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <optional>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+// Whether this CPU has the instructions for the operations.
+extern "C" bool hpctrain_winograd_works() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f");
+}
+
+namespace {
+
+namespace tf = tensorflow;
+using namespace hpctrain;
+
+int64_t RoundUp(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
+
+int64_t Parts(int64_t number, int64_t of) { return (number + of - 1) / of; }
+
+// Range number `index` of those that cut `size` into pieces of `of`.
+Range Piece(int64_t index, int64_t of, int64_t size) { return {index * of, std::min(size, (index + 1) * of)}; }
+
+tf::thread::ThreadPool* Threads(tf::OpKernelContext* context) {
+  return context->device()->tensorflow_cpu_worker_threads()->workers;
+}
+
+absl::Status Allocate(tf::OpKernelContext* context, int64_t numbers, tf::Tensor* memory) {
+  return context->allocate_temp(tf::DT_FLOAT, tf::TensorShape({numbers}), memory);
+}
+
+float* Numbers(tf::Tensor& tensor) { return tensor.flat<float>().data(); }
+const float* Numbers(const tf::Tensor& tensor) { return tensor.flat<float>().data(); }
+
+// Calls work(piece, scratch) for all pieces, where scratch is room for so many numbers that no other thread uses.
+absl::Status ForEach(tf::OpKernelContext* context, int64_t pieces, int64_t room,
+                     const std::function<void(int64_t, float*)>& work) {
+  const int64_t lanes = std::min<int64_t>(pieces, Threads(context)->NumThreads());
+  tf::Tensor scratch;
+  TF_RETURN_IF_ERROR(Allocate(context, lanes * room, &scratch));
+  std::atomic<int64_t> next{0};
+  const tf::thread::ThreadPool::SchedulingParams one_by_one(
+      tf::thread::ThreadPool::SchedulingStrategy::kFixedBlockSize, std::nullopt, 1);
+  Threads(context)->ParallelFor(lanes, one_by_one, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; ++lane) {
+      for (int64_t piece; (piece = next++) < pieces;) work(piece, Numbers(scratch) + lane * room);
+    }
+  });
+  return absl::OkStatus();
+}
+
+absl::Status Zeros(tf::OpKernelContext* context, int64_t numbers, tf::Tensor* memory) {
+  TF_RETURN_IF_ERROR(Allocate(context, numbers, memory));
+  std::fill_n(Numbers(*memory), numbers, 0.0f);
+  return absl::OkStatus();
+}
+
+absl::Status CheckChannels(int64_t in, int64_t out) {
+  if (in > 0 && out > 0 && in % kVector == 0 && out % kVector == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("expected multiples of ", kVector, " channels, not ", in, " and ", out));
+}
+
+// The convolution of images [n, h, w, in] with kernels [3, 3, in, out]; or, `turned`, the gradient of its input: of
+// [n, h, w, out] with the same kernels.
+class Winograd : public tf::OpKernel {
+ public:
+  explicit Winograd(tf::OpKernelConstruction* context) : tf::OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("turned", &turned_));
+  }
+
+  void Compute(tf::OpKernelContext* context) override {
+    const tf::Tensor &x = context->input(0), &kernel = context->input(1);
+    OP_REQUIRES(context,
+                x.dims() == 4 && kernel.dims() == 4 && kernel.dim_size(0) == 3 && kernel.dim_size(1) == 3 &&
+                    kernel.dim_size(turned_ ? 3 : 2) == x.dim_size(3),
+                absl::InvalidArgumentError(absl::StrCat("expected images [n, h, w, channels] and a kernel [3, 3, in, ",
+                                                        "out], not ", x.shape().DebugString(), " and ",
+                                                        kernel.shape().DebugString())));
+    const Shape shape{x.dim_size(0), x.dim_size(1), x.dim_size(2), kernel.dim_size(2), kernel.dim_size(3)};
+    OP_REQUIRES_OK(context, CheckChannels(shape.in, shape.out));
+    const int64_t from = turned_ ? shape.out : shape.in, to = turned_ ? shape.in : shape.out;
+    tf::Tensor *y, zeros, transformed;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, tf::TensorShape({shape.images, shape.height, shape.width, to}), &y));
+    if (y->NumElements() == 0) return;
+    OP_REQUIRES_OK(context, Zeros(context, from, &zeros));
+    OP_REQUIRES_OK(context, Allocate(context, Matrices::Room(from * to), &transformed));
+
+    const Matrices kernels(Numbers(transformed), from * to);
+    OP_REQUIRES_OK(context, ForEach(context, Parts(to, kPanel), 0, [&](int64_t panel, float*) {
+      TransformKernel(Numbers(kernel), shape, turned_, Piece(panel, kPanel, to), kernels);
+    }));
+    const int64_t at_once = TilesAtOnce(shape, Threads(context)->NumThreads());
+    const int64_t room = ConvolveRoom(at_once, from, to);
+    OP_REQUIRES_OK(context, ForEach(context, Parts(shape.tiles(), at_once), room, [&](int64_t piece, float* scratch) {
+      const Range tiles = Piece(piece, at_once, shape.tiles());
+      Convolve(shape, Numbers(x), from, kernels, tiles, Numbers(zeros), scratch, Numbers(*y), to);
+    }));
+  }
+
+ private:
+  // Every piece of tiles reads the whole kernel: as many tiles as take the memory that the kernel does, but a few for
+  // each thread. Of how many does not change the results.
+  static int64_t TilesAtOnce(const Shape& shape, int64_t threads) {
+    const int64_t like_the_kernel = shape.in * shape.out / (shape.in + shape.out);
+    const int64_t most = std::max<int64_t>(28, std::min<int64_t>(like_the_kernel, 128));
+    return Parts(shape.tiles(), RoundUp(Parts(shape.tiles(), most), threads));
+  }
+
+  bool turned_;
+};
+
+// The gradient of the kernels from the images and the gradient of the convolution.
+class WinogradKernelGrad : public tf::OpKernel {
+ public:
+  using tf::OpKernel::OpKernel;
+
+  void Compute(tf::OpKernelContext* context) override {
+    const tf::Tensor &x = context->input(0), &dy = context->input(1);
+    bool alike = x.dims() == 4 && dy.dims() == 4;
+    for (int i = 0; i < 3 && alike; ++i) alike = x.dim_size(i) == dy.dim_size(i);
+    OP_REQUIRES(context, alike,
+                absl::InvalidArgumentError(absl::StrCat("expected images and gradients [n, h, w, channels], not ",
+                                                        x.shape().DebugString(), " and ", dy.shape().DebugString())));
+    const Shape shape{x.dim_size(0), x.dim_size(1), x.dim_size(2), x.dim_size(3), dy.dim_size(3)};
+    OP_REQUIRES_OK(context, CheckChannels(shape.in, shape.out));
+    tf::Tensor *dw, zeros, sums;
+    OP_REQUIRES_OK(context, context->allocate_output(0, tf::TensorShape({3, 3, shape.in, shape.out}), &dw));
+    const int64_t size = dw->NumElements();
+    if (x.NumElements() == 0) {
+      std::fill_n(Numbers(*dw), size, 0.0f);
+      return;
+    }
+
+    const int64_t blocks_in = Parts(shape.in, kChannels), blocks_out = Parts(shape.out, kChannels);
+    const int64_t blocks = blocks_in * blocks_out;
+    const int64_t tiles = std::max(kFewestTiles, Parts(shape.tiles(), Parts(kParts, blocks)));  // of a chunk
+    const int64_t chunks = Parts(shape.tiles(), tiles), at_once = std::min(shape.tiles(), kTilesAtOnce);
+    OP_REQUIRES_OK(context, Zeros(context, std::max(shape.in, shape.out), &zeros));
+    if (chunks > 1) OP_REQUIRES_OK(context, Allocate(context, (chunks - 1) * size, &sums));
+    const int64_t room = KernelGradientRoom(at_once, kChannels, kChannels);
+    OP_REQUIRES_OK(context, ForEach(context, chunks * blocks, room, [&](int64_t index, float* scratch) {
+      const int64_t chunk = index / blocks, in = index % blocks / blocks_out, out = index % blocks_out;
+      const Part part{Piece(in, kChannels, shape.in), Piece(out, kChannels, shape.out),
+                      Piece(chunk, tiles, shape.tiles())};
+      float* const to = chunk == 0 ? Numbers(*dw) : Numbers(sums) + (chunk - 1) * size;
+      KernelGradient(shape, Numbers(x), Numbers(dy), part, at_once, Numbers(zeros), scratch, to);
+    }));
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const float* from = Numbers(sums) + (chunk - 1) * size;
+      for (int64_t i = 0; i < size; ++i) Numbers(*dw)[i] += from[i];
+    }
+  }
+
+ private:
+  static constexpr int64_t kChannels = 64;     // of a part: its sums, 0.6 MB, stay in the cache
+  static constexpr int64_t kTilesAtOnce = 42;  // the numbers of which are transformed, then multiplied
+  static constexpr int64_t kParts = 16;        // fewer are cut into chunks of tiles, for as many threads
+  static constexpr int64_t kFewestTiles = 128;
+};
+
+// ---------------------------------------------------------------- registration
+
+using tf::shape_inference::InferenceContext;
+using tf::shape_inference::ShapeHandle;
+
+REGISTER_OP("HpctrainWinograd")
+    .Input("x: float")
+    .Input("kernel: float")
+    .Output("y: float")
+    .Attr("turned: bool = false")
+    .SetShapeFn([](InferenceContext* context) {
+      bool turned;
+      ShapeHandle x, kernel, y;
+      TF_RETURN_IF_ERROR(context->GetAttr("turned", &turned));
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &x));
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(1), 4, &kernel));
+      TF_RETURN_IF_ERROR(context->ReplaceDim(x, 3, context->Dim(kernel, turned ? 2 : 3), &y));
+      context->set_output(0, y);
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("HpctrainWinogradKernelGrad")
+    .Input("x: float")
+    .Input("dy: float")
+    .Output("dkernel: float")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x, dy;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &x));
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(1), 4, &dy));
+      context->set_output(0, context->MakeShape({3, 3, context->Dim(x, 3), context->Dim(dy, 3)}));
+      return absl::OkStatus();
+    });
+
+REGISTER_KERNEL_BUILDER(Name("HpctrainWinograd").Device(tf::DEVICE_CPU), Winograd);
+REGISTER_KERNEL_BUILDER(Name("HpctrainWinogradKernelGrad").Device(tf::DEVICE_CPU), WinogradKernelGrad);
+
+}  // namespace
+
+#else  // other processors have no AVX-512
+
+extern "C" bool hpctrain_winograd_works() { return false; }
+
+#endif
