@@ -224,7 +224,7 @@ over rounds. All update by SGD with momentum. A process with two threads has twi
   `mpi_yield_when_idle`, which nobody tells one to set.
 - **MultiWorkerMirroredStrategy**: the same loop in `strategy.run`, two workers on this host, each on its own core.
 - **PyTorch**: the same layers as hpctrain's, channels_last, autocast for bfloat16, the fused optimizer, and
-  {tuned}, so that memory is kept. DDP is over gloo, each process on its own core, gradients
+  {tuned}, so that memory is kept, in large pages. DDP is over gloo, each process on its own core, gradients
   in its buckets, static graph.
 
 Memory is the most a process had (VmHWM). Time to the first step is from the start of `mpirun` or Python to the end of

@@ -59,7 +59,11 @@ class Group:
 
 # PyTorch's tuning guide takes another allocator, so that memory is kept and not given back to the kernel, which clears
 # it, in each step; glibc's does the same with these.
-TORCH_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+TORCH_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "THP_MEM_ALLOC_ENABLE": "1",  # large pages
+}
 _YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 _OURS = ("-m", "benchmarks.peers.hpctrain_step")
 _KERAS = ("-m", "benchmarks.peers.keras_loop")

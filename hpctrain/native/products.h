@@ -14,7 +14,7 @@
 namespace hpctrain {
 
 constexpr int kVector = 16;  // numbers of a vector
-constexpr int kPanel = 32;   // columns of a product that are worked on together
+constexpr int64_t kPanel = 32;   // columns of a product that are worked on together
 constexpr int kRows = 14;    // rows of a product that are: 14 x 2 of the 32 registers hold sums
 
 using Vector = __m512;

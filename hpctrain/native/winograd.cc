@@ -8,7 +8,6 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <optional>
 
@@ -50,16 +49,13 @@ const float* Numbers(const tf::Tensor& tensor) { return tensor.flat<float>().dat
 // Calls work(piece, scratch) for all pieces, where scratch is room for so many numbers that no other thread uses.
 absl::Status ForEach(tf::OpKernelContext* context, int64_t pieces, int64_t room,
                      const std::function<void(int64_t, float*)>& work) {
-  const int64_t lanes = std::min<int64_t>(pieces, Threads(context)->NumThreads());
   tf::Tensor scratch;
-  TF_RETURN_IF_ERROR(Allocate(context, lanes * room, &scratch));
-  std::atomic<int64_t> next{0};
+  TF_RETURN_IF_ERROR(Allocate(context, (Threads(context)->NumThreads() + 1) * room, &scratch));
   const tf::thread::ThreadPool::SchedulingParams one_by_one(
       tf::thread::ThreadPool::SchedulingStrategy::kFixedBlockSize, std::nullopt, 1);
-  Threads(context)->ParallelFor(lanes, one_by_one, [&](int64_t begin, int64_t end) {
-    for (int64_t lane = begin; lane < end; ++lane) {
-      for (int64_t piece; (piece = next++) < pieces;) work(piece, Numbers(scratch) + lane * room);
-    }
+  Threads(context)->ParallelFor(pieces, one_by_one, [&](int64_t begin, int64_t end) {
+    const int64_t thread = Threads(context)->CurrentThreadId() + 1;  // 0 is the one that has called
+    for (int64_t piece = begin; piece < end; ++piece) work(piece, Numbers(scratch) + thread * room);
   });
   return absl::OkStatus();
 }
@@ -102,8 +98,9 @@ class Winograd : public tf::OpKernel {
     OP_REQUIRES_OK(context, Allocate(context, Matrices::Room(from * to), &transformed));
 
     const Matrices kernels(Numbers(transformed), from * to);
-    OP_REQUIRES_OK(context, ForEach(context, Parts(to, kPanel), 0, [&](int64_t panel, float*) {
-      TransformKernel(Numbers(kernel), shape, turned_, Piece(panel, kPanel, to), kernels);
+    const int64_t columns = std::max(kPanel, RoundUp(kFewestWeights / from, kPanel));
+    OP_REQUIRES_OK(context, ForEach(context, Parts(to, columns), 0, [&](int64_t piece, float*) {
+      TransformKernel(Numbers(kernel), shape, turned_, Piece(piece, columns, to), kernels);
     }));
     const int64_t at_once = TilesAtOnce(shape, Threads(context)->NumThreads());
     const int64_t room = ConvolveRoom(at_once, from, to);
@@ -114,14 +111,16 @@ class Winograd : public tf::OpKernel {
   }
 
  private:
-  // Every piece of tiles reads the whole kernel: as many tiles as take the memory that the kernel does, but a few for
-  // each thread. Of how many does not change the results.
+  // Every piece of tiles reads the whole kernel: as many tiles as take the memory that the kernel does, but several
+  // pieces for each thread. Of how many does not change the results.
   static int64_t TilesAtOnce(const Shape& shape, int64_t threads) {
     const int64_t like_the_kernel = shape.in * shape.out / (shape.in + shape.out);
-    const int64_t most = std::max<int64_t>(28, std::min<int64_t>(like_the_kernel, 128));
-    return Parts(shape.tiles(), RoundUp(Parts(shape.tiles(), most), threads));
+    const int64_t most = std::clamp<int64_t>(like_the_kernel, 28, 128);
+    const int64_t pieces = RoundUp(Parts(shape.tiles(), most), threads == 1 ? 1 : 2 * threads);
+    return Parts(shape.tiles(), pieces);
   }
 
+  static constexpr int64_t kFewestWeights = 16384;  // times 9: what a thread transforms in as long as it takes to wake it
   bool turned_;
 };
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hpctrain.parallel.launch import (
     HOROVOD,
+    TCP,
     TREE_ORDER,
     YIELD,
     Place,
@@ -195,7 +196,7 @@ def test_settings_are_only_defaults() -> None:
     environ = dict(mine)
     set_environment(True, environ)
     assert {name: environ[name] for name in mine} == mine
-    assert (YIELD | HOROVOD | TREE_ORDER | mine).items() <= environ.items()
+    assert (YIELD | TCP | HOROVOD | TREE_ORDER | mine).items() <= environ.items()
 
 
 def test_the_order_of_sums_is_only_asked_for_where_it_matters() -> None:
