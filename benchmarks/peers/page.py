@@ -8,6 +8,7 @@ from benchmarks.peers.page_explain import bare_convolutions, link, link_ratios, 
 from benchmarks.peers.plan import (
     ALLREDUCE_GOAL,
     GROUPS,
+    OUR_ENVIRONMENT,
     PEAK_GFLOPS_A_CORE,
     TFRECORD_GOAL,
     TORCH_ENVIRONMENT,
@@ -205,7 +206,10 @@ def _input(result: Mapping[str, Any] | None) -> str:
 
 
 def _definitions() -> str:
-    tuned = " ".join(f"`{name}={value}`" for name, value in TORCH_ENVIRONMENT.items())
+    ours, tuned = (
+        " ".join(f"`{name}={value}`" for name, value in environment.items())
+        for environment in (OUR_ENVIRONMENT, TORCH_ENVIRONMENT)
+    )
     return f"""## What is compared
 
 Each figure is from a process of its own that trains on images in memory: some steps that do not count, then
@@ -217,7 +221,7 @@ over rounds. All update by SGD with momentum. A process with two threads has twi
 
 - **hpctrain**: the trainer's own step, as in `hpctrain train`; ranks under a plain `mpirun -n 2`. Independent
   processes are two that train at the same time, each on its own core, and know nothing of each other: the most that
-  two ranks could reach.
+  two ranks could reach. All with {ours}, so that memory is in large pages.
 - **Keras loop**: a `tf.function` with a `GradientTape` around Keras' own layers (`keras.applications.ResNet50`,
   `Conv2D(groups=2)`), `mixed_bfloat16` for bfloat16.
 - **Horovod's ops**: the same loop with `hvd.allreduce` for each gradient, plain `mpirun -n 2`, all defaults; once with

@@ -64,6 +64,7 @@ TORCH_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "THP_MEM_ALLOC_ENABLE": "1",  # large pages
 }
+OUR_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # large pages, as docs/cluster-guide.md advises
 _YIELD = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 _OURS = ("-m", "benchmarks.peers.hpctrain_step")
 _KERAS = ("-m", "benchmarks.peers.keras_loop")
@@ -83,13 +84,13 @@ TORCH, TORCH_DDP = "PyTorch, 2 threads", "PyTorch DDP, 2 processes"
 
 def _ours(batch: int, quick: Sequence[str]) -> list[Contender]:
     return [
-        Contender(OURS, _OURS, threads=2, micro_batch=2 * batch, quick=OURS in quick),
-        Contender(RANKS, _OURS, "mpirun", 2, micro_batch=batch, quick=RANKS in quick),
+        Contender(OURS, _OURS, threads=2, micro_batch=2 * batch, quick=OURS in quick, environment=OUR_ENVIRONMENT),
+        Contender(RANKS, _OURS, "mpirun", 2, micro_batch=batch, quick=RANKS in quick, environment=OUR_ENVIRONMENT),
     ]
 
 
 def _apart(batch: int) -> Contender:
-    return Contender(APART, _OURS, "processes", 2, micro_batch=batch, quick=True)
+    return Contender(APART, _OURS, "processes", 2, micro_batch=batch, quick=True, environment=OUR_ENVIRONMENT)
 
 
 def _torch(batch: int, quick: Sequence[str]) -> list[Contender]:

@@ -1,4 +1,4 @@
-// Products of matrices of float32 numbers in the registers of AVX-512, which the convolutions of this folder are made of.
+// Products of matrices of float32 numbers in the registers of AVX-512, of which convolutions are made.
 //
 // Each number of a product is summed up in one register in the order of k, whatever is computed beside it.
 

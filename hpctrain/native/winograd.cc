@@ -1,5 +1,5 @@
-// TensorFlow operations HpctrainWinograd and HpctrainWinogradKernelGrad: 3x3 convolutions of float32 images with stride 1
-// and a border of one zero, and the gradients of their inputs and kernels. winograd.h has the algorithm.
+// TensorFlow operations HpctrainWinograd and HpctrainWinogradKernelGrad: 3x3 convolutions of float32 images with stride
+// 1 and a border of one zero, and the gradients of their inputs and kernels. winograd.h has the algorithm.
 //
 // Results do not depend on the number of threads: work is cut by the shape alone, and what is cut is added in order.
 
@@ -68,7 +68,8 @@ absl::Status Zeros(tf::OpKernelContext* context, int64_t numbers, tf::Tensor* me
 
 absl::Status CheckChannels(int64_t in, int64_t out) {
   if (in > 0 && out > 0 && in % kVector == 0 && out % kVector == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("expected multiples of ", kVector, " channels, not ", in, " and ", out));
+  return absl::InvalidArgumentError(
+      absl::StrCat("expected multiples of ", kVector, " channels, not ", in, " and ", out));
 }
 
 // The convolution of images [n, h, w, in] with kernels [3, 3, in, out]; or, `turned`, the gradient of its input: of
@@ -120,7 +121,7 @@ class Winograd : public tf::OpKernel {
     return Parts(shape.tiles(), pieces);
   }
 
-  static constexpr int64_t kFewestWeights = 16384;  // times 9: what a thread transforms in as long as it takes to wake it
+  static constexpr int64_t kFewestWeights = 16384;  // times 9; fewer are transformed before another thread is awake
   bool turned_;
 };
 

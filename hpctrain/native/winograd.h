@@ -169,7 +169,7 @@ struct Range {
 };
 
 // Transforms some channels of an image's tiles, for products with panels of that many columns: to[position] is
-// [panel][tile][channel of the panel]. With one panel that is [tile][channel]. `zeros` are as many as there are channels.
+// [panel][tile][channel of the panel]; with one panel that is [tile][channel]. `zeros` are as many as channels.
 template <typename Transform, int before>
 inline void TransformTiles(const Shape& shape, const float* image, int64_t image_channels, const Range& channels,
                            const Range& tiles, int64_t panel, const float* zeros, const Matrices& to) {
@@ -177,15 +177,17 @@ inline void TransformTiles(const Shape& shape, const float* image, int64_t image
   for (int64_t tile = 0; tile < tiles.size(); ++tile) {
     const float* places[kSize * kSize];
     Find<kSize, before>(shape, tiles.begin + tile, image + channels.begin, image_channels, zeros, places);
-    for (int64_t c = 0; c < channels.size(); c += kVector) {
-      Vector from[kSize * kSize], transformed[kPositions];
+    for (int64_t first = 0; first < channels.size(); first += panel) {
+      const int64_t width = std::min(panel, channels.size() - first);
+      for (int64_t c = 0; c < width; c += kVector) {
+        Vector from[kSize * kSize], transformed[kPositions];
 #pragma GCC unroll 36
-      for (int i = 0; i < kSize * kSize; ++i) from[i] = _mm512_loadu_ps(places[i] + c);
-      Apply<Transform>(from, transformed);
-      const int64_t first = c / panel * panel, width = std::min(panel, channels.size() - first);
-      const int64_t at = first * tiles.size() + tile * width + (c - first);
+        for (int i = 0; i < kSize * kSize; ++i) from[i] = _mm512_loadu_ps(places[i] + first + c);
+        Apply<Transform>(from, transformed);
+        const int64_t at = first * tiles.size() + tile * width + c;
 #pragma GCC unroll 36
-      for (int i = 0; i < kPositions; ++i) _mm512_storeu_ps(to[i] + at, transformed[i]);
+        for (int i = 0; i < kPositions; ++i) _mm512_storeu_ps(to[i] + at, transformed[i]);
+      }
     }
   }
 }
