@@ -12,6 +12,7 @@ from benchmarks.peers.plan import (
     PEAK_GFLOPS_A_CORE,
     TFRECORD_GOAL,
     TORCH_ENVIRONMENT,
+    TORCH_LARGE_PAGES,
     Contender,
     Group,
     is_emulated,
@@ -206,9 +207,9 @@ def _input(result: Mapping[str, Any] | None) -> str:
 
 
 def _definitions() -> str:
-    ours, tuned = (
+    ours, tuned, large = (
         " ".join(f"`{name}={value}`" for name, value in environment.items())
-        for environment in (OUR_ENVIRONMENT, TORCH_ENVIRONMENT)
+        for environment in (OUR_ENVIRONMENT, TORCH_ENVIRONMENT, TORCH_LARGE_PAGES)
     )
     return f"""## What is compared
 
@@ -228,7 +229,8 @@ over rounds. All update by SGD with momentum. A process with two threads has twi
   `mpi_yield_when_idle`, which nobody tells one to set.
 - **MultiWorkerMirroredStrategy**: the same loop in `strategy.run`, two workers on this host, each on its own core.
 - **PyTorch**: the same layers as hpctrain's, channels_last, autocast for bfloat16, the fused optimizer, and
-  {tuned}, so that memory is kept, in large pages. DDP is over gloo, each process on its own core, gradients
+  {tuned}, so that memory is kept; with threads {large} too,
+  which makes DDP slower. DDP is over gloo, each process on its own core, gradients
   in its buckets, static graph.
 
 Memory is the most a process had (VmHWM). Time to the first step is from the start of `mpirun` or Python to the end of
