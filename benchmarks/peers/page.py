@@ -100,6 +100,8 @@ def _group(group: Group, runs: Sequence[Run], machine: Mapping[str, Any]) -> str
         return ""
     cores = machine["cores"]
     flops = next((run["flops_per_image"] for run in runs if "flops_per_image" in run), None)
+    emulated = is_emulated(group, machine["instructions"])
+    peak = PEAK_GFLOPS_A_CORE["float32" if emulated else group.precision]
     rows = []
     for contender in group.contenders:
         rate, memory, start = (
@@ -111,7 +113,7 @@ def _group(group: Group, runs: Sequence[Run], machine: Mapping[str, Any]) -> str
         used = min(cores, contender.processes * contender.threads)
         share = ""
         if flops and contender.name.startswith("hpctrain"):
-            share = f"{peak_share(rate.median, flops, used, PEAK_GFLOPS_A_CORE[group.precision]):.0%}"
+            share = f"{peak_share(rate.median, flops, used, peak):.0%}"
         rounds = sum(run["contender"] == contender.name and "error" not in run for run in runs)
         cells = [_rate(rate.median), f"{_rate(rate.least)} to {_rate(rate.most)}", share, f"{memory.median:,.0f}"]
         rows.append([contender.name, _batch(contender), *cells, f"{start.median:.1f}", str(rounds)])
@@ -119,10 +121,10 @@ def _group(group: Group, runs: Sequence[Run], machine: Mapping[str, Any]) -> str
     note = f" {flops / 1e9:.2f} GFLOP an image, forward and backward." if flops else ""
     counts = sorted({len(run["step_seconds"]) for run in runs if "step_seconds" in run})
     text = f"{' or '.join(map(str, counts))} timed steps a round.{note}\n\n"
-    if is_emulated(group, machine["instructions"]):
+    if emulated:
         text = (
-            "This processor has no instructions for bfloat16, so it is emulated, slowly: one round of few steps.\n"
-            + text
+            "This processor has no instructions for bfloat16. hpctrain multiplies float32 copies; the others emulate\n"
+            "it, slowly: one round of few steps. The peak is float32's.\n" + text
         )
     return f"## {group.title}\n\n{text}" + table(header, rows, right=range(2, 8))
 
@@ -216,7 +218,7 @@ def _definitions() -> str:
 Each figure is from a process of its own that trains on images in memory: some steps that do not count, then
 those that do. Contenders take turns, round by round, every other round in reverse. After a first round of everything,
 another round of a group is begun as long as it fits into the time that the benchmark has, by what its contenders took
-before; a round that does not fit is left out. What the processor can only emulate comes last and once. Images/s is the
+before; a round that does not fit is left out. What the processor has no instructions for is last, once. Images/s is the
 batch over the median step, added up over processes. A ratio is taken within a round; shown are median, least and most
 over rounds. All update by SGD with momentum. A process with two threads has twice the batch of one with one thread.
 

@@ -10,17 +10,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from hpctrain import processor
 from hpctrain.bench.input import batches_per_second
 from hpctrain.bench.layers import LayerTime, profile_layers, scale_to
 from hpctrain.config import Config
 from hpctrain.data.synthetic import synthetic_batches
 from hpctrain.models.flops import describe
+from hpctrain.models.products import product_dtype
 from hpctrain.parallel.reduce import Reducer
 from hpctrain.parallel.world import World, alone
 from hpctrain.training import session
@@ -147,7 +148,7 @@ def _measure(world: World, parts: dict[str, Call], rounds: int) -> Times:
 
 def _peak_flops(precision: str) -> float:
     """Return the most floating-point operations a second that a product of two square matrices reached."""
-    kind = tf.bfloat16 if precision == "mixed_bfloat16" else tf.float32
+    kind = product_dtype(tf.bfloat16 if precision == "mixed_bfloat16" else tf.float32)
     matrix = tf.cast(tf.random.normal([_MATRIX_SIZE, _MATRIX_SIZE]), kind)
     multiply = tf.function(tf.matmul)
     times = []
@@ -195,7 +196,7 @@ def _summary(config: Config, world: World, flops: float | None, ranks: list[dict
         "threads": world.plan.threads,
         "ranks": world.size,
         "host": world.host,
-        "cpu": _cpu_name(),
+        "cpu": processor.name(),
         "step_seconds": step_seconds,
         "step_seconds_all": all_rounds("step"),
         "images_per_second": micro_batch / step_seconds,
@@ -230,12 +231,3 @@ def _median_layers(profiles: list[list[LayerTime]]) -> list[LayerTime]:
         backward = statistics.median([*(layer.backward_seconds for layer in found), *missing])
         result.append(dataclasses.replace(found[0], forward_seconds=forward, backward_seconds=backward))
     return result
-
-
-def _cpu_name() -> str:
-    """The processor's name as the kernel tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

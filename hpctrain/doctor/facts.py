@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain import native
+from hpctrain import native, processor
 from hpctrain.doctor.node import free_memory_bytes, meminfo_bytes
 from hpctrain.environment import without_secrets
 from hpctrain.parallel.launch import HOROVOD, TREE_ORDER, YIELD
@@ -61,7 +61,7 @@ def gather_facts(host: str, mpi: str) -> Facts:
         mpi=mpi,
         python=sys.executable,
         kernel=platform.release(),
-        cpu=_cpu_model(),
+        cpu=processor.name(),
         cpus=os.cpu_count() or 1,
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         memory_bytes=meminfo_bytes("MemTotal"),
@@ -102,12 +102,6 @@ def _read(path: str | Path) -> str:
         return Path(path).read_text().strip()
     except (OSError, ValueError):
         return ""
-
-
-def _cpu_model() -> str:
-    lines = _read("/proc/cpuinfo").splitlines()
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "cpu\t\t:")))
-    return next(models, platform.machine())
 
 
 def _memory_limit() -> int | None:

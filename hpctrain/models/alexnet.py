@@ -20,7 +20,14 @@ from typing import Any
 import keras
 
 from hpctrain.errors import UserError
-from hpctrain.models.layers import FastConv2D, FusedBatchNorm, GroupedConv2D, LocalResponseNormalization, SeededDropout
+from hpctrain.models.layers import (
+    FastConv2D,
+    FastDense,
+    FusedBatchNorm,
+    GroupedConv2D,
+    LocalResponseNormalization,
+    SeededDropout,
+)
 from hpctrain.models.seeds import layer_seed
 
 SMALLEST_IMAGE = 67  # leaves one pixel after the last pooling
@@ -130,7 +137,7 @@ def _classifier(x: Any, num_classes: int, seed: int, dropout: float) -> Any:
 
 
 def _dense(x: Any, units: int, name: str, seed: int, deviation: float, bias: float, dtype: str | None = None) -> Any:
-    return keras.layers.Dense(
+    return FastDense(
         units,
         kernel_initializer=keras.initializers.RandomNormal(0.0, deviation, seed=layer_seed(seed, name)),
         bias_initializer=keras.initializers.Constant(bias),

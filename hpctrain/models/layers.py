@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from hpctrain.models.batch_norm import add_relu, batch_norm, normalize
 from hpctrain.models.convolution import convolve
+from hpctrain.models.products import multiply
 
 Shape = tuple[int | None, ...]
 
@@ -157,6 +158,17 @@ class FastConv2D(keras.layers.Conv2D):
         if others or self.groups != 1 or set(self.dilation_rate) != {1} or self.data_format != "channels_last":
             return super().convolution_op(inputs, kernel)
         return convolve(inputs, tf.convert_to_tensor(kernel), stride, self.padding)
+
+
+@keras.saving.register_keras_serializable(package="hpctrain")
+class FastDense(keras.layers.Dense):
+    """Keras' dense layer, multiplied in the dtype that is fast here (`products.py`)."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        y = multiply(tf.matmul, inputs, tf.convert_to_tensor(self.kernel))
+        if self.bias is not None:
+            y = tf.nn.bias_add(y, tf.convert_to_tensor(self.bias))
+        return y if self.activation is None else self.activation(y)
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")

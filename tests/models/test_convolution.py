@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hpctrain import native
+from hpctrain import native, processor
 from hpctrain.models import convolution as module
 from hpctrain.models.convolution import convolve
 from hpctrain.models.layers import FastConv2D
@@ -198,7 +198,9 @@ def operations_of(call: Callable[..., Any], *shapes: tuple[int, ...], dtype: str
 
 
 @needs_avx512
-def test_it_is_used_for_what_it_can_do_and_nothing_else() -> None:
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_it_is_used_for_what_it_can_do_and_nothing_else(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: has_bfloat16)
     image, kernel = (2, 8, 8, 16), (3, 3, 16, 32)
 
     def by(stride: int, padding: str, *shapes: tuple[int, ...], dtype: str = "float32") -> bool:
@@ -209,7 +211,8 @@ def test_it_is_used_for_what_it_can_do_and_nothing_else() -> None:
     assert by(1, "same", image, kernel) and by(1, "SAME", image, kernel)
     assert not by(2, "same", image, kernel)
     assert not by(1, "valid", image, kernel)
-    assert not by(1, "same", image, kernel, dtype="bfloat16")
+    assert by(1, "same", image, kernel, dtype="bfloat16") is not has_bfloat16
+    assert not by(2, "same", image, kernel, dtype="bfloat16")
     assert not by(1, "same", image, (1, 1, 16, 32))
     assert not by(1, "same", (2, 8, 8, 3), (3, 3, 3, 32))
     assert not by(1, "same", image, (3, 3, 16, 24))
