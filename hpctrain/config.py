@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hpctrain.errors import UserError, nearest
+from hpctrain.models import registry
 from hpctrain.yaml_file import Section, explain, parse_yaml, read_yaml
 
 _MAX_KEY_DOTS = 10  # of an override below an `options` mapping
@@ -45,6 +46,12 @@ class ModelConfig(Section):
     image_size: int = Field(224, gt=0, description="side of the square input in pixels")
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the model's function")
 
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        registry.check_name(name)
+        return name
+
 
 class TrainConfig(Section):
     global_batch: int = Field(gt=0, description="images a step, over all ranks")
@@ -74,7 +81,7 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: str = Field("lars", description="lars, sgd or lamb")
+    name: Literal["lars", "sgd", "lamb"] = Field("lars", description="the rule of the update")
     learning_rate: float = Field(gt=0, description="peak rate, for the global batch as it is")
     momentum: float = Field(0.9, ge=0, lt=1, description="share of the last update that the next one starts from")
     weight_decay: float = Field(1e-4, ge=0, description="times the weight is added to its gradient")
@@ -85,7 +92,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: str = Field("poly", description="poly, step, cosine or constant")
+    name: Literal["poly", "step", "cosine", "constant"] = Field("poly", description="what follows the warm-up")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the rate rises linearly to its peak")
     power: float = Field(2.0, gt=0, description="of poly")
     end_rate: float = Field(0.0, ge=0, description="rate of the last step, for poly and cosine")

@@ -1,7 +1,7 @@
 """The run configuration: recipes, overrides, and a sentence for every mistake."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from hpctrain.config import Config, describe_keys, find_recipe, load_config, recipe_names
+from hpctrain.config import (
+    Config,
+    OptimizerConfig,
+    ScheduleConfig,
+    describe_keys,
+    find_recipe,
+    load_config,
+    recipe_names,
+)
 from hpctrain.errors import UserError, nearest
 
 MINIMAL: dict[str, Any] = {
@@ -143,6 +151,9 @@ def test_overrides_leave_what_they_are_applied_to_as_it_was() -> None:
         ("schedule.milestones=[1, x]", ["schedule.milestones.1", "'x'"]),
         ("model.options=3", ["model.options"]),
         ("name=a/b", ["name", "'a/b'", "letters"]),
+        ("model.name=resnt20", ["no model named 'resnt20'", "package.module:function", "did you mean resnet20"]),
+        ("optimizer.name=larss", ["optimizer.name", "'larss'", "'lars', 'sgd' or 'lamb'"]),
+        ("schedule.name=plly", ["schedule.name", "'plly'", "'poly', 'step', 'cosine' or 'constant'"]),
         ("train.global_batch=100", ["global_batch 100", "multiple of train.micro_batch 16"]),
         ("data.partitions=3", ["global_batch 64", "data.partitions 3"]),
         ("schedule.warmup_epochs=3", ["warmup_epochs 3", "train.epochs 2"]),
@@ -152,6 +163,17 @@ def test_overrides_leave_what_they_are_applied_to_as_it_was() -> None:
 def test_mistakes_in_overrides(override: str, words: list[str]) -> None:
     text = error_of(MINIMAL, override)
     assert all(word in text for word in words), text
+
+
+def test_names_that_are_accepted_are_those_there_are() -> None:
+    from hpctrain.models import registry
+    from hpctrain.optim.factory import OPTIMIZER_NAMES
+    from hpctrain.optim.schedules import SCHEDULE_NAMES
+
+    assert get_args(OptimizerConfig.model_fields["name"].annotation) == OPTIMIZER_NAMES
+    assert get_args(ScheduleConfig.model_fields["name"].annotation) == SCHEDULE_NAMES
+    for name in (*registry.names(), "my_models.nets:small"):
+        assert load_config(MINIMAL, [f"model.name={name}"]).model.name == name
 
 
 def test_deterministic_and_compressed_gradients_exclude_each_other() -> None:

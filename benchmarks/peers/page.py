@@ -16,6 +16,7 @@ from benchmarks.peers.plan import (
     Contender,
     Group,
     is_emulated,
+    peak_gflops,
 )
 from benchmarks.peers.startup import PHASES
 from benchmarks.peers.table import numbers, table
@@ -36,7 +37,7 @@ def write_page(found: Mapping[str, Any]) -> str:
     parts += [_group(group, _runs_of(found, group), found["machine"]) for group in GROUPS]
     of_groups = [(group, _runs_of(found, group)) for group in GROUPS]
     titles = {group.name: group.title for group in GROUPS}
-    parts += [bare_convolutions(of_groups, found["machine"]["cores"]), profile(found.get("profile", []), titles)]
+    parts += [bare_convolutions(of_groups, found["machine"]), profile(found.get("profile", []), titles)]
     parts += [_allreduce(found.get("allreduce", [])), link(found.get("link"))]
     parts += [_start_up(found.get("start_up", [])), _input(found.get("input")), _definitions(), _failures(found)]
     return "\n".join(part for part in parts if part)
@@ -101,7 +102,7 @@ def _group(group: Group, runs: Sequence[Run], machine: Mapping[str, Any]) -> str
     cores = machine["cores"]
     flops = next((run["flops_per_image"] for run in runs if "flops_per_image" in run), None)
     emulated = is_emulated(group, machine["instructions"])
-    peak = PEAK_GFLOPS_A_CORE["float32" if emulated else group.precision]
+    peak = peak_gflops(group, machine["instructions"])
     rows = []
     for contender in group.contenders:
         rate, memory, start = (

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.peers.figures import Run, Spread, of_contender, verdict
-from benchmarks.peers.plan import APART, BARE, BARE_TENSORFLOW, LINK_GOAL, OURS, PEAK_GFLOPS_A_CORE, RANKS, Group
+from benchmarks.peers.plan import APART, BARE, BARE_TENSORFLOW, LINK_GOAL, OURS, RANKS, Group, peak_gflops
 from benchmarks.peers.table import numbers, table
 
 _HEADERS = {"mpi": "MPI", "mpi_in_place": "MPI in place", "horovod": "Horovod as the trainer uses it"}
 
 
-def bare_convolutions(groups: Sequence[tuple[Group, Sequence[Run]]], cores: int) -> str:
+def bare_convolutions(groups: Sequence[tuple[Group, Sequence[Run]]], machine: Mapping[str, Any]) -> str:
     """Return the rate of the convolutions alone, and of the whole step beside it, for a core."""
     rows = []
     for group, runs in groups:
@@ -22,9 +22,9 @@ def bare_convolutions(groups: Sequence[tuple[Group, Sequence[Run]]], cores: int)
             if rate is None or step is None or flops is None or ours is None:
                 continue
             alone = next(run["convolution_flops_per_image"] for run in runs if "convolution_flops_per_image" in run)
-            peak = PEAK_GFLOPS_A_CORE[group.precision]
+            peak = peak_gflops(group, machine["instructions"])
             bare, whole = (
-                spread.median * each / min(2, cores) / 1e9 for spread, each in ((rate, alone), (step, flops))
+                spread.median * each / min(2, machine["cores"]) / 1e9 for spread, each in ((rate, alone), (step, flops))
             )
             cells = [f"{bare:.0f}", f"{bare / peak:.0%}", f"{whole:.0f}", f"{whole / peak:.0%}", f"{whole / bare:.0%}"]
             rows.append([group.title, by, *cells, f"{step.median / rate.median:.0%}", ours])

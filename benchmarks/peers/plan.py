@@ -260,6 +260,11 @@ def is_emulated(group: Group, instructions: Sequence[str]) -> bool:
     return group.precision == "mixed_bfloat16" and not _BFLOAT16 & set(instructions)
 
 
+def peak_gflops(group: Group, instructions: Sequence[str]) -> float:
+    """Return the GFLOP/s of a core's instructions for the group's precision; float32's if it has no others."""
+    return PEAK_GFLOPS_A_CORE["float32" if is_emulated(group, instructions) else group.precision]
+
+
 def groups_for(instructions: Sequence[str]) -> list[Group]:
     """Return the groups in the order in which they are measured.
 

@@ -37,6 +37,15 @@ def names() -> list[str]:
     return sorted(_MODELS)
 
 
+def check_name(name: str) -> None:
+    """Raise UserError if no model of the project has this name and it is not `package.module:function`."""
+    if ":" not in name and name not in _MODELS:
+        raise UserError(
+            f"there is no model named {name!r} (one of your own is given as package.module:function); "
+            f"{nearest(name, _MODELS)}"
+        )
+
+
 def build(name: str, num_classes: int = 1000, image_size: int = 224, *, seed: int = 0, **options: Any) -> keras.Model:
     """Build a model: (N, image_size, image_size, 3) float32 normalized images to (N, num_classes) logits.
 
@@ -57,11 +66,7 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, *, seed: in
             raise UserError(f"model.{key} must be a positive whole number, not {value!r}.")
     if ":" in name:
         return _build_users(name, num_classes, image_size, seed, options)
-    if name not in _MODELS:
-        raise UserError(
-            f"There is no model named {name!r}; {nearest(name, _MODELS)} "
-            "A model of your own is given as package.module:function."
-        )
+    check_name(name)
     module, function_name, fixed = _MODELS[name]
     function = getattr(importlib.import_module(module), function_name)
     _check_options(name, function, options)

@@ -162,7 +162,7 @@ def test_a_directive_or_item_is_one_line(value: str) -> None:
         ({"nodes": 3}, "does not divide over 3 ranks"),
         ({"run_dir": Path("/a\nb")}, "one line"),
         ({"run_dir": Path('/a"b/c')}, "give another --run-dir"),
-        ({"overrides": (*SYNTHETIC, "model.name=a\nb")}, "one line"),
+        ({"overrides": (*SYNTHETIC, "model.name=a:b\nc")}, "one line"),
         ({"overrides": ("data.path=/nowhere",)}, "/nowhere"),
         ({"stage_env": Path("env\n.tar")}, "one line"),
     ],
