@@ -16,7 +16,12 @@ def name() -> str:
 @functools.cache
 def has_bfloat16() -> bool:
     """Return whether it has instructions for products of bfloat16; where nothing is known, False."""
-    return not _BFLOAT16.isdisjoint(_value("flags", "Features").split())
+    return not _BFLOAT16.isdisjoint(instructions())
+
+
+def instructions() -> list[str]:
+    """Return the kernel's names of the instruction sets it has, such as `avx512f`."""
+    return _value("flags", "Features").split()
 
 
 def _value(*keys: str) -> str:

