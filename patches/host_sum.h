@@ -1,0 +1,267 @@
+// Sums over the ranks of one host, through memory that they share.
+//
+// Part by part of the numbers, each rank copies its summands into the shared memory, adds everyone's of its own share
+// of the part, and copies the others' sums from there. What is under way fits into a core's cache, tensors are read and
+// written where they lie, however many there are, and a rank that has to wait sleeps.
+
+#ifndef HOROVOD_HOST_SUM_H
+#define HOROVOD_HOST_SUM_H
+
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <climits>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "mpi.h"
+
+namespace horovod {
+namespace common {
+
+// Where the ranks of a host wait for each other. It lies in shared memory; zeros are its first state.
+class HostBarrier {
+public:
+  // Returns once all ranks of the communicator have called it. What any of them wrote before, all of them see after.
+  void Wait(MPI_Comm host, uint32_t ranks) {
+    uint32_t round = round_.load();
+    if (arrived_.fetch_add(1) + 1 == ranks) {
+      arrived_.store(0);
+      round_.fetch_add(1);
+      if (sleepers_.load() > 0) {
+        syscall(SYS_futex, &round_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+      }
+      return;
+    }
+    // Going to sleep takes longer than most of these waits, so look for a while first. But what else wants this core, a
+    // thread of this rank or the very rank that is waited for, gets it with the first yield.
+    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    do {
+      for (int i = 0; i < 100; ++i) {
+        if (round_.load() != round) {
+          return;
+        }
+      }
+      std::this_thread::yield();
+    } while (std::chrono::steady_clock::now() < until);
+    sleepers_.fetch_add(1);
+    while (round_.load() == round) {
+      static_assert(sizeof(round_) == 4, "the kernel compares 32 bits; it returns at once if the round is another one");
+      const timespec at_most = {0, 10000000};
+      if (syscall(SYS_futex, &round_, FUTEX_WAIT, round, &at_most, nullptr, 0) != 0 && errno == ETIMEDOUT) {
+        // MPI may have kept back a part of what this rank sent last, which the one that is waited for may wait for.
+        int found;
+        MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, host, &found, MPI_STATUS_IGNORE);
+      }
+    }
+    sleepers_.fetch_sub(1);
+  }
+
+private:
+  alignas(64) std::atomic<uint32_t> arrived_;
+  alignas(64) std::atomic<uint32_t> round_;
+  alignas(64) std::atomic<uint32_t> sleepers_;
+};
+
+// A tensor, and where its sum goes, which may be the same place.
+struct HostSumPiece {
+  const float* input;
+  float* output;
+  int64_t count;
+};
+
+class HostSum {
+public:
+  // Collective over `host`, the ranks of a host, which is not freed before what is made. Returns nullptr on all of them
+  // if they cannot share memory, are only one, or one has HOROVOD_HOST_SUM=0.
+  static std::shared_ptr<HostSum> Create(MPI_Comm host) {
+    std::shared_ptr<HostSum> made(new HostSum);
+    made->host_ = host;
+    MPI_Comm_rank(host, &made->rank_);
+    MPI_Comm_size(host, &made->ranks_);
+    const char* wish = std::getenv("HOROVOD_HOST_SUM");
+    int works = made->ranks_ > 1 && made->Map() && !(wish && std::strcmp(wish, "0") == 0), works_everywhere = 0;
+    MPI_Allreduce(&works, &works_everywhere, 1, MPI_INT, MPI_MIN, host);
+    return works_everywhere ? made : nullptr;
+  }
+
+  HostSum(const HostSum&) = delete;
+  HostSum& operator=(const HostSum&) = delete;
+
+  ~HostSum() {
+    if (memory_ != nullptr) {
+      munmap(memory_, kPage + ranks_ * RankBytes());
+    }
+  }
+
+  // Sums the pieces over the ranks; each of them calls this with as many and as long ones. The order of the additions
+  // depends on nothing but the number of ranks; for a power of two it is the balanced tree over neighbors.
+  void Sum(const std::vector<HostSumPiece>& pieces) {
+    int64_t count = 0;
+    for (auto& piece : pieces) {
+      count += piece.count;
+    }
+    Cursor summands(pieces), own(pieces), others(pieces);
+    for (int64_t start = 0; start < count; start += kPart) {
+      const int64_t part = std::min(kPart, count - start);
+      const int64_t first = Share(part, rank_), last = Share(part, rank_ + 1);
+      auto give = [&](int64_t from, int64_t to) {
+        summands.Walk(start + from, to - from, [&](const float* in, float*, int64_t at, int64_t n) {
+          std::memcpy(Summands(rank_) + from + at, in, n * sizeof(float));
+        });
+      };
+      give(0, first);
+      give(last, part);
+      Meet();
+      own.Walk(start + first, last - first, [&](const float* in, float* out, int64_t at, int64_t n) {
+        Add(in, first + at, n, out, Sums(rank_) + at);
+      });
+      Meet();
+      for (int rank = 0; rank < ranks_; ++rank) {
+        if (rank != rank_) {
+          const int64_t from = Share(part, rank);
+          others.Walk(start + from, Share(part, rank + 1) - from, [&](const float*, float* out, int64_t at, int64_t n) {
+            std::memcpy(out, Sums(rank) + at, n * sizeof(float));
+          });
+        }
+      }
+    }
+  }
+
+private:
+  static constexpr int64_t kPart = (1 << 20) / sizeof(float); // numbers under way at a time
+  static constexpr int64_t kLine = 64 / sizeof(float);        // of a cache line, which a core has alone or not at all
+  static constexpr int64_t kBlock = 2048;                     // numbers added at a time
+  static constexpr int kLevels = 16;                          // of additions, so for up to 2^16 ranks
+  static constexpr size_t kPage = 4096;
+
+  // Walks over ranges of the pieces as if they lay end to end; each range begins where the last one ended or later.
+  class Cursor {
+  public:
+    explicit Cursor(const std::vector<HostSumPiece>& pieces) : piece_(pieces.begin()) {}
+
+    // Calls visit(input, output, at, n) for each stretch in one piece: `n` numbers, `at` after `start`.
+    template <typename Visit> void Walk(int64_t start, int64_t count, Visit visit) {
+      for (int64_t at = 0; at < count;) {
+        while (start + at >= begin_ + piece_->count) {
+          begin_ += piece_->count;
+          ++piece_;
+        }
+        int64_t inside = start + at - begin_;
+        int64_t n = std::min(count - at, piece_->count - inside);
+        visit(piece_->input + inside, piece_->output + inside, at, n);
+        at += n;
+      }
+    }
+
+  private:
+    std::vector<HostSumPiece>::const_iterator piece_;
+    int64_t begin_ = 0; // of the piece, among all numbers
+  };
+
+  HostSum() = default;
+
+  // Where a rank's share of a part of that many numbers begins. Shares are whole cache lines, about as many each.
+  int64_t Share(int64_t part, int rank) const {
+    int64_t lines = (part + kLine - 1) / kLine;
+    return std::min(part, lines * rank / ranks_ * kLine);
+  }
+
+  // A rank's shared memory: its summands of a part, then the sums of its share.
+  size_t RankBytes() const { return ((kPart + kPart / ranks_ + kLine) * sizeof(float) + kPage - 1) / kPage * kPage; }
+
+  float* Summands(int rank) const { return (float*)(memory_ + kPage + rank * RankBytes()); }
+
+  float* Sums(int rank) const { return Summands(rank) + kPart; }
+
+  void Meet() { ((HostBarrier*)memory_)->Wait(host_, ranks_); }
+
+  // out = sums = the sums over ranks of `count` numbers: this rank's are `in`, the others' are in their memory from
+  // `at` on. They are copied to `sums`, not written one by one: a copy need not fetch what another core has of it.
+  void Add(const float* in, int64_t at, int64_t count, float* out, float* sums) {
+    float partial[kLevels][kBlock];
+    for (int64_t start = 0; start < count; start += kBlock) {
+      const int64_t n = std::min(kBlock, count - start);
+      const float* pending[kLevels + 1]; // summands and partial sums to be added yet, each of more ranks than the next
+      int top = 0;
+      auto add_last_two = [&](float* sum) {
+        const float *left = pending[top - 2], *right = pending[top - 1];
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; ++i) {
+          sum[i] = left[i] + right[i];
+        }
+        pending[--top - 1] = sum;
+      };
+      for (int rank = 0; rank < ranks_; ++rank) {
+        pending[top++] = (rank == rank_ ? in : Summands(rank) + at) + start;
+        for (int rest = rank; rest & 1 && !(rank == ranks_ - 1 && top == 2); rest >>= 1) {
+          add_last_two(partial[top - 2]);
+        }
+      }
+      while (top > 1) {
+        add_last_two(top == 2 ? out + start : partial[top - 2]);
+      }
+      std::memcpy(sums + start, out + start, n * sizeof(float));
+    }
+  }
+
+  // Maps memory of the host's first rank. It has no name in a file system, so nothing is left of a job that is killed.
+  bool Map() {
+    struct {
+      int process, file;
+      uint64_t token; // in case the others are in another process namespace, where the number is another process's
+    } where = {getpid(), -1, 0};
+    if (rank_ == 0) {
+      where.file = (int)syscall(SYS_memfd_create, "horovod-sum", 1u); // closed on exec
+      where.token = ((uint64_t)std::random_device()() << 32) | std::random_device()();
+      if (where.file >= 0 && (ftruncate(where.file, kPage + ranks_ * RankBytes()) != 0 ||
+                              pwrite(where.file, &where.token, 8, kPage - 8) != 8)) {
+        close(where.file);
+        where.file = -1;
+      }
+    }
+    MPI_Bcast(&where, sizeof(where), MPI_BYTE, 0, host_);
+    int file = where.file;
+    if (rank_ != 0 && file >= 0) {
+      char path[64];
+      std::snprintf(path, sizeof(path), "/proc/%d/fd/%d", where.process, where.file);
+      file = open(path, O_RDWR | O_CLOEXEC);
+    }
+    uint64_t token = 0;
+    // Each rank asks for its own part, which so is near to it, and here, as later it would be killed if there is none.
+    if (file >= 0 && pread(file, &token, 8, kPage - 8) == 8 && token == where.token &&
+        posix_fallocate(file, kPage + rank_ * RankBytes(), RankBytes()) == 0) {
+      void* memory = mmap(nullptr, kPage + ranks_ * RankBytes(), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+      memory_ = memory == MAP_FAILED ? nullptr : (char*)memory;
+    }
+    MPI_Barrier(host_); // the others have it open
+    if (file >= 0) {
+      close(file);
+    }
+    return memory_ != nullptr;
+  }
+
+  MPI_Comm host_ = MPI_COMM_NULL;
+  int rank_ = 0;
+  int ranks_ = 1;
+  char* memory_ = nullptr;
+};
+
+} // namespace common
+} // namespace horovod
+
+#endif // HOROVOD_HOST_SUM_H
