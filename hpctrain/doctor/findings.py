@@ -103,7 +103,7 @@ def horovod_warnings(facts: Sequence[Facts]) -> list[str]:
     if version is None or "+hpctrain" in version:
         return []
     return [
-        f"Horovod {version} is without hpctrain's changes, so that sums within a host take two to four times as long; "
+        f"Horovod {version} is without hpctrain's changes, so that sums within a host take two to six times as long; "
         "run install.sh again"
     ]
 
