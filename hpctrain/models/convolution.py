@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from hpctrain import native
-from hpctrain.models.products import multiply
+from hpctrain.models.products import convolve_images
 
 _CHANNELS = 16  # a vector of AVX-512
 
@@ -21,21 +21,22 @@ _CHANNELS = 16  # a vector of AVX-512
 def convolve(x: Any, kernel: Any, stride: int, padding: str) -> Any:
     """Return the convolution of x (N, H, W, Cin) with kernel (kh, kw, Cin, Cout): (N, H', W', Cout), of the type of x.
 
-    `padding` is "same" or "valid", as TensorFlow means them.
+    `padding` is "same" or "valid", as TensorFlow means them. The kernel may be float32 beside x in bfloat16: it is
+    rounded, and its gradient is float32.
     """
-    return multiply(_convolve, x, kernel, stride, padding)
+    return convolve_images(_convolve, x, kernel, stride, padding.upper())
 
 
 def _convolve(x: Any, kernel: Any, stride: int, padding: str) -> Any:
     *size, channels, filters = kernel.shape
     if (
-        (size, stride, padding.lower()) == ([3, 3], 1, "same")
+        (size, stride, padding) == ([3, 3], 1, "SAME")
         and x.dtype == tf.float32
         and channels % _CHANNELS == filters % _CHANNELS == 0
         and (winograd := _winograd())
     ):
         return winograd(x, kernel)
-    return tf.nn.conv2d(x, kernel, stride, padding.upper())
+    return tf.nn.conv2d(x, kernel, stride, padding)
 
 
 @functools.cache

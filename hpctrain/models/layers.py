@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hpctrain.models.batch_norm import add_relu, batch_norm, normalize
 from hpctrain.models.convolution import convolve
-from hpctrain.models.products import multiply
+from hpctrain.models.products import multiply_matrices
 
 Shape = tuple[int | None, ...]
 
@@ -146,33 +146,41 @@ class LocalResponseNormalization(keras.layers.Layer):
         return {**super().get_config(), "size": self.size, "alpha": self.alpha, "beta": self.beta, "k": self.k}
 
 
+class _WithKernelAsItIs(keras.layers.Layer):
+    """A layer whose kernel Keras does not cast to the dtype of its inputs: `products.py` does."""
+
+    def add_weight(self, *args: Any, name: str | None = None, **options: Any) -> Any:
+        return super().add_weight(*args, name=name, autocast=name != "kernel", **options)
+
+
 @keras.saving.register_keras_serializable(package="hpctrain")
-class FastConv2D(keras.layers.Conv2D):
+class FastConv2D(_WithKernelAsItIs, keras.layers.Conv2D):
     """Keras' convolution of (N, H, W, C) images by the fastest kernel there is (`convolution.py`), but for rounding.
 
     Groups, dilation and other layouts are left to Keras.
     """
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        kernel = tf.convert_to_tensor(kernel)
         stride, *others = set(self.strides)
         if others or self.groups != 1 or set(self.dilation_rate) != {1} or self.data_format != "channels_last":
-            return super().convolution_op(inputs, kernel)
-        return convolve(inputs, tf.convert_to_tensor(kernel), stride, self.padding)
+            return super().convolution_op(inputs, tf.cast(kernel, inputs.dtype))
+        return convolve(inputs, kernel, stride, self.padding)
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")
-class FastDense(keras.layers.Dense):
+class FastDense(_WithKernelAsItIs, keras.layers.Dense):
     """Keras' dense layer, multiplied in the dtype that is fast here (`products.py`)."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        y = multiply(tf.matmul, inputs, tf.convert_to_tensor(self.kernel))
+        y = multiply_matrices(inputs, tf.convert_to_tensor(self.kernel))
         if self.bias is not None:
             y = tf.nn.bias_add(y, tf.convert_to_tensor(self.bias))
         return y if self.activation is None else self.activation(y)
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")
-class GroupedConv2D(keras.layers.Layer):
+class GroupedConv2D(_WithKernelAsItIs):
     """A grouped convolution, done as one plain convolution per group on slices of the channels, then concatenated.
 
     Input (N, H, W, Cin), output (N, H', W', filters). The weights are those of `keras.layers.Conv2D(groups=...)`:
@@ -240,27 +248,47 @@ class GroupedConv2D(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")
-class SubsampleAndPad(keras.layers.Layer):
-    """The parameter-free shortcut of He et al. 2015, section 3.3, option A: every `stride`-th pixel, zero new channels.
+class Subsample(keras.layers.Layer):
+    """Every `stride`-th pixel of every `stride`-th row: (N, H, W, C) to (N, ceil(H / stride), ceil(W / stride), C).
 
-    Input (N, H, W, C), output (N, ceil(H / stride), ceil(W / stride), filters) with `filters` >= C; the new channels
-    are the last ones. The subsampling is a pooling with a window of one pixel, which has a threaded kernel.
+    It is a pooling with a window of one pixel, which has a threaded kernel; slices take ten times as long.
     """
 
-    def __init__(self, filters: int, stride: int, **kwargs: Any) -> None:
+    def __init__(self, stride: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.filters, self.stride = filters, stride
+        self.stride = stride
 
     def call(self, x: Any) -> Any:
-        x = tf.nn.avg_pool2d(x, ksize=1, strides=self.stride, padding="SAME")
-        return tf.pad(x, [[0, 0], [0, 0], [0, 0], [0, self.filters - x.shape[-1]]])
+        return tf.nn.avg_pool2d(x, ksize=1, strides=self.stride, padding="SAME")
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         height, width = (None if size is None else -(-size // self.stride) for size in input_shape[1:3])
-        return (input_shape[0], height, width, self.filters)
+        return (input_shape[0], height, width, input_shape[3])
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "filters": self.filters, "stride": self.stride}
+        return {**super().get_config(), "stride": self.stride}
+
+
+@keras.saving.register_keras_serializable(package="hpctrain")
+class SubsampleAndPad(Subsample):
+    """The parameter-free shortcut of He et al. 2015, section 3.3, option A: every `stride`-th pixel, zero new channels.
+
+    Input (N, H, W, C), output (N, ceil(H / stride), ceil(W / stride), filters) with `filters` >= C; the new channels
+    are the last ones.
+    """
+
+    def __init__(self, filters: int, stride: int, **kwargs: Any) -> None:
+        super().__init__(stride, **kwargs)
+        self.filters = filters
+
+    def call(self, x: Any) -> Any:
+        return tf.pad(super().call(x), [[0, 0], [0, 0], [0, 0], [0, self.filters - x.shape[-1]]])
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return (*super().compute_output_shape(input_shape)[:3], self.filters)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "filters": self.filters}
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")

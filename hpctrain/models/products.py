@@ -1,9 +1,15 @@
-"""Products of matrices and images in the dtype in which this processor has them.
+"""Products of images and matrices with weights, in the dtype and by the instructions that are fast on this processor.
+
+Weights are float32 and are rounded to the dtype of what they are multiplied with, bfloat16 with mixed precision. Their
+gradient is float32, and nothing but TensorFlow's own operations rounds it.
 
 Instructions for bfloat16 (AVX512_BF16, AMX) multiply bfloat16 numbers exactly and add the products up in float32. So do
 float32 instructions with float32 copies: 8 bits times 8 bits fit into 24. Where there are no others, on KNL or a
 Skylake, TensorFlow's bfloat16 kernels emulate them, and float32 copies are several times as fast; activations and
 what the backward pass keeps of them stay bfloat16 otherwise.
+
+Where there is AMX, TensorFlow's gradients of weights take several times as long as the products themselves; there an
+operation of our own (`hpctrain/native/kernel_grad.cc`) computes them.
 """
 
 from collections.abc import Callable
@@ -11,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hpctrain import processor
+from hpctrain import native, processor
 
 
 def product_dtype(dtype: tf.DType) -> tf.DType:
@@ -19,24 +25,52 @@ def product_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype == tf.bfloat16 and not processor.has_bfloat16() else dtype
 
 
-def multiply(product: Callable[..., Any], x: Any, weights: Any, *options: Any) -> Any:
-    """Return product(x, weights, *options), computed in `product_dtype` and rounded to the dtype of x."""
+def convolve_images(
+    convolution: Callable[[Any, Any, int, str], Any], x: Any, kernel: Any, stride: int, padding: str
+) -> Any:
+    """Return convolution(x, kernel, stride, padding) in the dtype of x; `padding` is "SAME" or "VALID"."""
+
+    def by_tiles(x: Any, dy: Any) -> Any:
+        size = kernel.shape.as_list()[:2]
+        return native.kernel_grad()(x=x, dy=dy, kernel_size=size, stride=stride, padding=padding)
+
+    return _multiply(lambda x, kernel: convolution(x, kernel, stride, padding), x, kernel, by_tiles)
+
+
+def multiply_matrices(x: Any, weights: Any) -> Any:
+    """Return x (N, in) times weights (in, out), in the dtype of x."""
+
+    def by_tiles(x: Any, dy: Any) -> Any:
+        dweights = native.kernel_grad()(x=x[:, None, None], dy=dy[:, None, None], kernel_size=[1, 1], padding="VALID")
+        return dweights[0, 0]
+
+    return _multiply(tf.matmul, x, weights, by_tiles)
+
+
+def _multiply(product: Callable[[Any, Any], Any], x: Any, weights: Any, by_tiles: Callable[[Any, Any], Any]) -> Any:
+    """Return product(x, weights). `by_tiles` returns the gradient of weights from x and that of the product."""
     dtype = product_dtype(x.dtype)
-    if dtype == x.dtype:
-        return product(x, weights, *options)
+    has_tiles = dtype == tf.bfloat16 and native.kernel_grad()
+    if not has_tiles and dtype == x.dtype:
+        return product(x, tf.cast(weights, dtype))
 
     def rounded(x: Any, weights: Any) -> Any:
-        return tf.cast(product(tf.cast(x, dtype), weights, *options), x.dtype)
+        return tf.cast(product(tf.cast(x, dtype), weights), x.dtype)
 
     @tf.custom_gradient
     def with_gradient(x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+        as_multiplied = tf.cast(tf.cast(weights, x.dtype), dtype)
+
         def gradient(dy: Any) -> Any:
+            sources = [x] if has_tiles else [x, as_multiplied]
             # x is copied anew when dy is there, so that no copy of an activation waits for the backward pass.
             with tf.control_dependencies([dy]), tf.GradientTape() as tape:
-                tape.watch([x, weights])
-                y = rounded(x, weights)  # in a graph nobody reads it, so it is not computed
-            return tape.gradient(y, [x, weights], output_gradients=dy)
+                tape.watch(sources)
+                y = rounded(x, as_multiplied)  # in a graph nobody reads it, so it is not computed
+            dx, *others = tape.gradient(y, sources, output_gradients=dy)
+            dweights = by_tiles(x, dy) if has_tiles else others[0]
+            return dx, tf.cast(dweights, weights.dtype)
 
-        return rounded(x, weights), gradient
+        return rounded(x, as_multiplied), gradient
 
-    return with_gradient(x, tf.cast(weights, dtype))
+    return with_gradient(x, weights)

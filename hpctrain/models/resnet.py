@@ -18,7 +18,7 @@ from typing import Any
 import keras
 
 from hpctrain.errors import UserError
-from hpctrain.models.layers import FastConv2D, FusedBatchNorm, SubsampleAndPad
+from hpctrain.models.layers import FastConv2D, FusedBatchNorm, Subsample, SubsampleAndPad
 from hpctrain.models.seeds import layer_seed
 
 # Table 1 of the paper: blocks in each of the four stages, of 64, 128, 256 and 512 filters.
@@ -62,7 +62,8 @@ def resnet(
         for block in range(1, blocks + 1):
             stride = 2 if stage > 1 and block == 1 else 1
             name = f"stage{stage}_block{block}_"
-            copies = 1 if stage == len(BLOCKS[depth]) and block == blocks else 2
+            is_last, strides_first = stage == len(BLOCKS[depth]), bottleneck and not stride_in_3x3
+            copies = 1 if block == blocks and (is_last or strides_first) else 2
             if bottleneck:
                 fork = net.bottleneck_block(fork, filters, stride, stride_in_3x3, name, copies)
             else:
@@ -134,7 +135,9 @@ class _Parts:
         """
         name = f"{prefix}conv{suffix}"
         padding = "same"
-        if stride > 1 and size > 1:
+        if stride > 1 and size == 1:
+            x, stride = self.subsample(x, stride, f"{prefix}subsample{suffix}"), 1
+        elif stride > 1:
             pad_name = f"{prefix}pad{suffix}"
             x = keras.layers.ZeroPadding2D(size // 2, data_format="channels_last", name=pad_name)(x)
             padding = "valid"
@@ -156,8 +159,13 @@ class _Parts:
         )
         return normalize(x if residual is None else [x, residual])
 
+    def subsample(self, x: Any, stride: int, name: str) -> Any:
+        """Only the pixels that a 1x1 convolution with a stride reads: kernels with strides are slower."""
+        return Subsample(stride, name=name)(x)
+
     # Blocks take a list of two equal tensors, one for the branch and one for the shortcut, and return as many as the
-    # next ones want. See `FusedBatchNorm`, which ends each.
+    # next ones want. See `FusedBatchNorm`, which ends each. A bottleneck whose branch and shortcut leave out the same
+    # pixels takes one.
 
     def basic_block(
         self, fork: list[Any], filters: int, stride: int, name: str, copies: int, projection: bool = True
@@ -176,11 +184,14 @@ class _Parts:
         self, fork: list[Any], filters: int, stride: int, stride_in_3x3: bool, name: str, copies: int
     ) -> Any:
         """1x1, 3x3 and 1x1 to four times the filters; the stride is in the first 1x1 (v1) or the 3x3 (v1.5)."""
-        x, shortcut = fork
+        x, shortcut = fork[0], fork[-1]
+        if stride != 1 and not stride_in_3x3:
+            x = shortcut = self.subsample(x, stride, f"{name}subsample")
+            stride = 1
         if stride != 1 or x.shape[-1] != 4 * filters:
             shortcut = self.conv_bn(shortcut, 4 * filters, 1, stride, f"{name}shortcut_", "", relu=False)
-        x = self.conv_bn(x, filters, 1, 1 if stride_in_3x3 else stride, name, "1")
-        x = self.conv_bn(x, filters, 3, stride if stride_in_3x3 else 1, name, "2")
+        x = self.conv_bn(x, filters, 1, 1, name, "1")
+        x = self.conv_bn(x, filters, 3, stride, name, "2")
         return _list(self.conv_bn(x, 4 * filters, 1, 1, name, "3", residual=shortcut, copies=copies))
 
     def classifier(self, x: Any, num_classes: int, initializer: keras.initializers.Initializer) -> Any:

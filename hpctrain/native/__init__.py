@@ -12,7 +12,7 @@ from typing import Any
 from hpctrain.errors import UserError
 
 FOLDER = Path(__file__).parent
-OPERATIONS = ("batch_norm", "crop_resize", "winograd")  # each a .cc file of this folder
+OPERATIONS = ("batch_norm", "crop_resize", "kernel_grad", "winograd")  # each a .cc file of this folder
 
 
 def compiled_file(operation: str) -> Path:
@@ -49,10 +49,25 @@ def winograd() -> Any:
 
     `models/convolution.py` says what they compute; it also registers the gradient.
     """
-    loaded = _load("winograd")
+    return _load_if_it_works("winograd")
+
+
+@functools.cache
+def kernel_grad() -> Any:
+    """Return the operation (x, dy) -> float32[kh, kw, in, out] for bfloat16 images and gradients, or None. Needs AMX.
+
+    It is the gradient of a convolution's kernel. Attributes are `kernel_size`, two integers, `stride` and `padding`,
+    "SAME" or "VALID".
+    """
+    loaded = _load_if_it_works("kernel_grad")
+    return loaded and loaded.hpctrain_kernel_grad
+
+
+def _load_if_it_works(operation: str) -> Any:
+    loaded = _load(operation)
     if loaded is None:
         return None
-    works = ctypes.CDLL(str(compiled_file("winograd"))).hpctrain_winograd_works
+    works = getattr(ctypes.CDLL(str(compiled_file(operation))), f"hpctrain_{operation}_works")
     works.restype = ctypes.c_bool
     return loaded if works() else None
 

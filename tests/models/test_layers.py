@@ -13,6 +13,7 @@ from hpctrain.models.layers import (
     GroupedConv2D,
     LocalResponseNormalization,
     SeededDropout,
+    Subsample,
     SubsampleAndPad,
     random_states,
 )
@@ -163,10 +164,10 @@ def test_grouped_convolution_is_conv2d_with_groups(
     np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_subsample_and_pad_and_its_gradient() -> None:
+@pytest.mark.parametrize(("layer", "channels"), [(Subsample(2), 3), (SubsampleAndPad(5, 2), 5)], ids=["same", "pad"])
+def test_subsampling_and_its_gradient(layer: keras.layers.Layer, channels: int) -> None:
     x = normal(2, 7, 8, 3)
-    layer = SubsampleAndPad(5, 2)
-    weights = normal(2, 4, 4, 5, seed=1)
+    weights = normal(2, 4, 4, channels, seed=1)
     y, gradient = output_and_gradients(layer, x, weights)
     assert y.shape == layer.compute_output_shape(x.shape)
     np.testing.assert_array_equal(y[..., :3], x[:, ::2, ::2])
@@ -204,6 +205,7 @@ def test_dropout_mask_is_a_function_of_its_state() -> None:
         FusedBatchNorm(0.8, 1e-3, gamma_initializer="zeros"),
         LocalResponseNormalization(3, 1e-3, 0.5, 2.0),
         GroupedConv2D(6, 3, 2, strides=2, padding="valid", kernel_initializer="he_normal"),
+        Subsample(2),
         SubsampleAndPad(6, 2),
         SeededDropout(0.3, seed=5),
     ],

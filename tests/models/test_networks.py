@@ -89,11 +89,13 @@ def test_arithmetic_of_a_model_without_shapes_is_unknown() -> None:
 
 
 def test_where_the_stride_is() -> None:
-    for name, strides in (("resnet50", [(2, 2), (1, 1), (1, 1)]), ("resnet50_v15", [(1, 1), (2, 2), (1, 1)])):
+    for name, first_is_small in (("resnet50", True), ("resnet50_v15", False)):
         model = build(name, num_classes=2, image_size=64)
-        for stage in (2, 3, 4):
-            convolutions = [model.get_layer(f"stage{stage}_block1_conv{i}") for i in (1, 2, 3)]
-            assert [convolution.strides for convolution in convolutions] == strides
+        for stage, size in ((2, 8), (3, 4), (4, 2)):
+            layers = [model.get_layer(f"stage{stage}_block1_{name}") for name in ("conv1", "conv2", "conv3")]
+            layers.append(model.get_layer(f"stage{stage}_block1_shortcut_conv"))
+            first = size if first_is_small else 2 * size
+            assert [layer.output.shape[1] for layer in layers] == [first, size, size, size]
         assert model.get_layer("stage4_block3_bn3").output.shape == (None, 2, 2, 2048)
 
 
