@@ -1,8 +1,9 @@
-// Sums over the ranks of one host, through memory that they share.
+// Sums over the ranks of one host, and what they agree on before, through memory that they share.
 //
 // Part by part of the numbers, each rank copies its summands into the shared memory, adds everyone's of its own share
-// of the part, and copies the others' sums from there. What is under way fits into a core's cache, tensors are read and
-// written where they lie, however many there are, and a rank that has to wait sleeps.
+// of the part, and copies the others' sums from there. Sums take the place of summands, which the core that adds has in
+// its cache: writing them elsewhere takes half as long again. What is under way fits into the cache, tensors are read
+// and written where they lie, however many there are, and a rank that has to wait sleeps.
 
 #ifndef HOROVOD_HOST_SUM_H
 #define HOROVOD_HOST_SUM_H
@@ -61,7 +62,7 @@ public:
     sleepers_.fetch_add(1);
     while (round_.load() == round) {
       static_assert(sizeof(round_) == 4, "the kernel compares 32 bits; it returns at once if the round is another one");
-      const timespec at_most = {0, 10000000};
+      const timespec at_most = {0, 50000000};
       if (syscall(SYS_futex, &round_, FUTEX_WAIT, round, &at_most, nullptr, 0) != 0 && errno == ETIMEDOUT) {
         // MPI may have kept back a part of what this rank sent last, which the one that is waited for may wait for.
         int found;
@@ -84,6 +85,19 @@ struct HostSumPiece {
   int64_t count;
 };
 
+// sum = also = left + right, `count` numbers; all four may be the same memory.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static void AddTwo(const float* left, const float* right, int64_t count, float* sum, float* also) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const float both = left[i] + right[i];
+    sum[i] = both;
+    also[i] = both;
+  }
+}
+
 class HostSum {
 public:
   // Collective over `host`, the ranks of a host, which is not freed before what is made. Returns nullptr on all of them
@@ -104,7 +118,7 @@ public:
 
   ~HostSum() {
     if (memory_ != nullptr) {
-      munmap(memory_, kPage + ranks_ * RankBytes());
+      munmap(memory_, kPage + ranks_ * kRankBytes);
     }
   }
 
@@ -119,31 +133,50 @@ public:
     for (int64_t start = 0; start < count; start += kPart) {
       const int64_t part = std::min(kPart, count - start);
       const int64_t first = Share(part, rank_), last = Share(part, rank_ + 1);
+      const int turn = turn_ = 1 - turn_;
       auto give = [&](int64_t from, int64_t to) {
         summands.Walk(start + from, to - from, [&](const float* in, float*, int64_t at, int64_t n) {
-          std::memcpy(Summands(rank_) + from + at, in, n * sizeof(float));
+          std::memcpy(Shared(rank_, turn) + from + at, in, n * sizeof(float));
         });
       };
       give(0, first);
       give(last, part);
       Meet();
       own.Walk(start + first, last - first, [&](const float* in, float* out, int64_t at, int64_t n) {
-        Add(in, first + at, n, out, Sums(rank_) + at);
+        Add(in, first + at, n, turn, out);
       });
       Meet();
       for (int rank = 0; rank < ranks_; ++rank) {
         if (rank != rank_) {
           const int64_t from = Share(part, rank);
+          const float* sums = Shared(Keeper(rank), turn) + from;
           others.Walk(start + from, Share(part, rank + 1) - from, [&](const float*, float* out, int64_t at, int64_t n) {
-            std::memcpy(out, Sums(rank) + at, n * sizeof(float));
+            std::memcpy(out, sums + at, n * sizeof(float));
           });
         }
       }
     }
   }
 
+  // Clears the bits that are not set on all ranks. Returns false, on all of them, if there are too many.
+  bool And(long long* bits, int count) {
+    if (count > int(kPart * sizeof(float) / sizeof(*bits))) {
+      return false;
+    }
+    const int turn = turn_ = 1 - turn_;
+    std::memcpy(Shared(rank_, turn), bits, count * sizeof(*bits));
+    Meet();
+    for (int rank = 0; rank < ranks_; ++rank) {
+      const long long* theirs = (const long long*)Shared(rank, turn);
+      for (int i = 0; i < count; ++i) {
+        bits[i] &= theirs[i];
+      }
+    }
+    return true;
+  }
+
 private:
-  static constexpr int64_t kPart = (1 << 20) / sizeof(float); // numbers under way at a time
+  static constexpr int64_t kPart = (1 << 18) / sizeof(float); // numbers under way at a time
   static constexpr int64_t kLine = 64 / sizeof(float);        // of a cache line, which a core has alone or not at all
   static constexpr int64_t kBlock = 2048;                     // numbers added at a time
   static constexpr int kLevels = 16;                          // of additions, so for up to 2^16 ranks
@@ -181,41 +214,38 @@ private:
     return std::min(part, lines * rank / ranks_ * kLine);
   }
 
-  // A rank's shared memory: its summands of a part, then the sums of its share.
-  size_t RankBytes() const { return ((kPart + kPart / ranks_ + kLine) * sizeof(float) + kPage - 1) / kPage * kPage; }
+  // A rank's shared memory: its summands of a part and of the next one, which then become sums.
+  static constexpr size_t kRankBytes = 2 * kPart * sizeof(float);
 
-  float* Summands(int rank) const { return (float*)(memory_ + kPage + rank * RankBytes()); }
+  float* Shared(int rank, int turn) const { return (float*)(memory_ + kPage + rank * kRankBytes) + turn * kPart; }
 
-  float* Sums(int rank) const { return Summands(rank) + kPart; }
+  // The rank in whose memory are the sums of a rank's share: not itself, as its own summands of it are not there.
+  int Keeper(int rank) const { return (rank ^ 1) < ranks_ ? rank ^ 1 : rank - 1; }
 
   void Meet() { ((HostBarrier*)memory_)->Wait(host_, ranks_); }
 
-  // out = sums = the sums over ranks of `count` numbers: this rank's are `in`, the others' are in their memory from
-  // `at` on. They are copied to `sums`, not written one by one: a copy need not fetch what another core has of it.
-  void Add(const float* in, int64_t at, int64_t count, float* out, float* sums) {
+  // Writes the sums over ranks of `count` numbers to `out` and to the keeper's memory: this rank's are `in`, the others'
+  // are in their memory from `at` on.
+  void Add(const float* in, int64_t at, int64_t count, int turn, float* out) {
     float partial[kLevels][kBlock];
     for (int64_t start = 0; start < count; start += kBlock) {
       const int64_t n = std::min(kBlock, count - start);
       const float* pending[kLevels + 1]; // summands and partial sums to be added yet, each of more ranks than the next
       int top = 0;
-      auto add_last_two = [&](float* sum) {
-        const float *left = pending[top - 2], *right = pending[top - 1];
-#pragma GCC ivdep
-        for (int64_t i = 0; i < n; ++i) {
-          sum[i] = left[i] + right[i];
-        }
+      auto add_last_two = [&](float* sum, float* also) {
+        AddTwo(pending[top - 2], pending[top - 1], n, sum, also);
         pending[--top - 1] = sum;
       };
       for (int rank = 0; rank < ranks_; ++rank) {
-        pending[top++] = (rank == rank_ ? in : Summands(rank) + at) + start;
+        pending[top++] = (rank == rank_ ? in : Shared(rank, turn) + at) + start;
         for (int rest = rank; rest & 1 && !(rank == ranks_ - 1 && top == 2); rest >>= 1) {
-          add_last_two(partial[top - 2]);
+          add_last_two(partial[top - 2], partial[top - 2]);
         }
       }
-      while (top > 1) {
-        add_last_two(top == 2 ? out + start : partial[top - 2]);
+      while (top > 2) {
+        add_last_two(partial[top - 2], partial[top - 2]);
       }
-      std::memcpy(sums + start, out + start, n * sizeof(float));
+      add_last_two(out + start, Shared(Keeper(rank_), turn) + at + start);
     }
   }
 
@@ -228,7 +258,7 @@ private:
     if (rank_ == 0) {
       where.file = (int)syscall(SYS_memfd_create, "horovod-sum", 1u); // closed on exec
       where.token = ((uint64_t)std::random_device()() << 32) | std::random_device()();
-      if (where.file >= 0 && (ftruncate(where.file, kPage + ranks_ * RankBytes()) != 0 ||
+      if (where.file >= 0 && (ftruncate(where.file, kPage + ranks_ * kRankBytes) != 0 ||
                               pwrite(where.file, &where.token, 8, kPage - 8) != 8)) {
         close(where.file);
         where.file = -1;
@@ -244,8 +274,8 @@ private:
     uint64_t token = 0;
     // Each rank asks for its own part, which so is near to it, and here, as later it would be killed if there is none.
     if (file >= 0 && pread(file, &token, 8, kPage - 8) == 8 && token == where.token &&
-        posix_fallocate(file, kPage + rank_ * RankBytes(), RankBytes()) == 0) {
-      void* memory = mmap(nullptr, kPage + ranks_ * RankBytes(), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        posix_fallocate(file, kPage + rank_ * kRankBytes, kRankBytes) == 0) {
+      void* memory = mmap(nullptr, kPage + ranks_ * kRankBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
       memory_ = memory == MAP_FAILED ? nullptr : (char*)memory;
     }
     MPI_Barrier(host_); // the others have it open
@@ -259,6 +289,9 @@ private:
   int rank_ = 0;
   int ranks_ = 1;
   char* memory_ = nullptr;
+  // Which half of each rank's memory is used now; the others may still read what was in the other half. When they have
+  // met again they are done with that.
+  int turn_ = 0;
 };
 
 } // namespace common

@@ -140,8 +140,10 @@ def _horovod_calls(world: World) -> Callable[[int, int], Callable[[], object]]:
 
     def make(num_bytes: int, sums: int) -> Callable[[], object]:
         gradient = tf.ones([num_bytes // 4])
-        once = tf.function(lambda tensor: reducer.sum_gradients([tensor])[0])
-        _check("Horovod", once(gradient).numpy()[[0, -1]], world)
+
+        @tf.function
+        def once(ones: Any) -> Any:
+            return reducer.sum_gradients([ones])[0]
 
         @tf.function
         def chain(ones: Any) -> Any:
@@ -150,7 +152,10 @@ def _horovod_calls(world: World) -> Callable[[int, int], Callable[[], object]]:
                 [total] = reducer.sum_gradients([total])
             return total[0]
 
-        return lambda: chain(gradient)
+        # Traced for this size on purpose: TensorFlow warns of functions that are traced at each call.
+        _check("Horovod", once.get_concrete_function(gradient)(gradient).numpy()[[0, -1]], world)
+        timed = chain.get_concrete_function(gradient)
+        return lambda: timed(gradient)
 
     return make
 

@@ -12,9 +12,10 @@ from hpctrain.parallel.launch import set_environment
 from hpctrain.parallel.quiet import import_tensorflow
 from hpctrain.parallel.world import start
 
-MIB = 2**18  # float32 numbers; sums within a host go in parts of one MiB
+PART = 2**16  # float32 numbers; sums within a host go in parts of so many
+_IN_SUCCESSION = 30
 HOST_SUM_LEAST = 4096  # numbers from which they go through memory that the ranks share
-SIZES = (1, 5, 1000, MIB - 1, MIB, MIB + 1, 2 * MIB - 1, 2 * MIB + 1, 3 * MIB + 2, 0, 7)
+SIZES = (1, 5, 1000, PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART + 1, 5 * PART + 2, 0, 7)
 
 
 def summands(rank: int) -> list[np.ndarray]:
@@ -69,6 +70,17 @@ def main() -> None:
         """The sums alone: nobody else reads the summands, so they may be overwritten."""
         return reducer.sum_gradients([tf.constant(part) * factor for part in own])
 
+    @tf.function
+    def reduce_again_and_again(ones: tf.Tensor) -> tf.Tensor:
+        """Sums that follow each other without a pause, each of less than a part; and how many of them are wrong."""
+        wrong = tf.constant(0)
+        for i in range(_IN_SUCCESSION):
+            [total] = reducer.sum_gradients([ones * (world.rank + i)])
+            wanted = sum(range(world.size)) + world.size * i
+            wrong += tf.reduce_sum(tf.cast(total != wanted, tf.int32))
+            ones += 0.0 * total
+        return wrong
+
     tolerance = {"none": 1e-5, "bf16": 2**-4}[compression]
     for factor in (1.0, -2.0):
         sums, kept = reduce(tf.constant(factor))
@@ -84,6 +96,8 @@ def main() -> None:
             for total, parts in zip(sums, zip(*map(summands, range(world.size)), strict=True), strict=True):
                 if total.size >= HOST_SUM_LEAST:
                     np.testing.assert_array_equal(total, factor * tree(parts))
+    for _ in range(10):
+        assert int(reduce_again_and_again(tf.ones(HOST_SUM_LEAST + 100))) == 0
     assert shares_memory() == shares
     world.barrier()
     if world.is_root:
