@@ -27,6 +27,7 @@ from PIL import Image
 
 from benchmarks.imagenet_like import jpegs
 from hpctrain.bench.input import batches_per_second
+from hpctrain.data.augment import training_boxes
 from hpctrain.data.decode import MEAN_RGB, STDDEV_RGB
 from hpctrain.data.order import SampleOrder
 from hpctrain.data.pipeline import training_pipeline
@@ -90,7 +91,11 @@ def _options(threads: int) -> tf.data.Options:
     return options
 
 
-def _decode_and_crop(blob: Any) -> Any:
+def _decode_and_crop(blob: Any, box: Any) -> Any:
+    return tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
+
+
+def _draw_box(blob: Any) -> Any:
     shape = tf.io.extract_jpeg_shape(blob)
     begin, size, _ = tf.image.sample_distorted_bounding_box(
         shape,
@@ -100,8 +105,7 @@ def _decode_and_crop(blob: Any) -> Any:
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )
-    box = tf.concat([begin[:2], size[:2]], 0)
-    return tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
+    return tf.concat([begin[:2], size[:2]], 0)
 
 
 def _decode(blob: Any) -> Any:
@@ -109,8 +113,7 @@ def _decode(blob: Any) -> Any:
 
 
 def _crop_resize_normalize(blob: Any) -> Any:
-    pixels = _decode_and_crop(blob)
-    image = tf.image.resize(pixels, [SIZE, SIZE])
+    image = tf.image.resize(_decode_and_crop(blob, _draw_box(blob)), [SIZE, SIZE])
     image = tf.image.random_flip_left_right(image)
     # Constants as large as an image, which is faster than the usual three numbers.
     shape = (SIZE, SIZE, 3)
@@ -138,15 +141,17 @@ def tfrecords(folder: Path, threads: int) -> Iterator[Any]:
 
 
 def bare(folder: Path, threads: int, crop: bool, resize: bool) -> Iterator[Any]:
-    """Decode all of an image or a crop, and resize if so: nothing is read, nothing made into batches."""
+    """Decode all of an image or the box that hpctrain cuts out, and resize if so: nothing is read or made a batch."""
     reader = ShardReader(folder / "jpeg" / "train")
-    blobs = reader.read(range(min(1000, reader.num_records)))
+    records = np.arange(min(1000, reader.num_records))
+    boxes, _ = training_boxes("heavy", *reader.sizes(records), records, np.zeros_like(records), seed=0)
 
-    def decode(blob: Any) -> Any:
-        pixels = _decode_and_crop(blob) if crop else _decode(blob)
+    def decode(blob: Any, box: Any) -> Any:
+        pixels = _decode_and_crop(blob, box) if crop else _decode(blob)
         return tf.reduce_sum(tf.image.resize(pixels, [SIZE, SIZE])[0]) if resize else tf.shape(pixels)
 
-    dataset = tf.data.Dataset.from_tensor_slices(blobs).repeat().map(decode, num_parallel_calls=threads)
+    dataset = tf.data.Dataset.from_tensor_slices((reader.read(records), boxes))
+    dataset = dataset.repeat().map(decode, num_parallel_calls=threads)
     return iter(dataset.batch(BATCH).prefetch(2).with_options(_options(threads)))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from hpctrain.native import crop_resize
 
@@ -21,12 +22,25 @@ def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[
     uint8[k, height, width, 3] ("raw"). Resizing is bilinear, with pixel centers at half-integers. JPEGs are decoded
     with the fast integer transform and without smoothing colors, as benchmarks of TensorFlow have always done.
     """
-    finish = _finisher(micro_batch, image_size)
+    scale = 1 / np.array(STDDEV_RGB)
+    shift = -np.array(MEAN_RGB) * scale
+    if operations := crop_resize():
+        attributes = {"size": image_size, "scale": scale.tolist(), "shift": shift.tolist()}
+
+        def by_operation(images: Any, boxes: Any, flips: Any) -> Any:
+            boxes = tf.ensure_shape(boxes, [micro_batch, 4])
+            if encoding == "raw":
+                return operations.hpctrain_crop_resize([images], boxes, flips, **attributes)
+            return operations.hpctrain_decode_crop_resize(images, boxes, flips, **attributes)
+
+        return by_operation
+
+    finish = _finisher(micro_batch, image_size, scale, shift)
 
     def decode(images: Any, boxes: Any, flips: Any) -> Any:
-        if encoding == "raw":
-            return finish([images], boxes, flips)
         boxes = tf.ensure_shape(boxes, [micro_batch, 4])
+        if encoding == "raw":
+            return finish(tf.unstack(images, micro_batch), boxes, flips)
         pixels = [
             tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
             for blob, box in zip(tf.unstack(images, micro_batch), tf.unstack(boxes), strict=True)
@@ -36,18 +50,14 @@ def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[
     return decode
 
 
-def _finisher(micro_batch: int, image_size: int) -> Callable[[list[Any], Any, Any], Any]:
-    """Return (list of uint8[h, w, 3] or one uint8[k, h, w, 3], boxes, flips) -> float32[k, S, S, 3]."""
-    scale = 1 / np.array(STDDEV_RGB)
-    shift = -np.array(MEAN_RGB) * scale
-    batch_shape = (micro_batch, image_size, image_size, 3)
-    operation = crop_resize()
-    if operation is not None:
-        attributes = {"size": image_size, "scale": scale.tolist(), "shift": shift.tolist()}
-        return lambda images, boxes, flips: tf.ensure_shape(operation(images, boxes, flips, **attributes), batch_shape)
+def _finisher(
+    micro_batch: int, image_size: int, scale: NDArray[np.float64], shift: NDArray[np.float64]
+) -> Callable[[list[Any], Any, Any], Any]:
+    """Return (list of uint8[h, w, 3], boxes, flips) -> float32[k, S, S, 3], by TensorFlow's operations."""
     # As large as an image: multiplying and adding three numbers along the last axis takes four times as long.
-    scales = tf.constant(np.broadcast_to(scale, batch_shape[1:]), tf.float32)
-    shifts = tf.constant(np.broadcast_to(shift, batch_shape[1:]), tf.float32)
+    image_shape = (image_size, image_size, 3)
+    scales = tf.constant(np.broadcast_to(scale, image_shape), tf.float32)
+    shifts = tf.constant(np.broadcast_to(shift, image_shape), tf.float32)
 
     def one(pixels: Any, box: Any, flip: Any) -> Any:
         part = tf.slice(pixels, [box[0], box[1], 0], [box[2], box[3], 3])[tf.newaxis]
@@ -55,8 +65,6 @@ def _finisher(micro_batch: int, image_size: int) -> Callable[[list[Any], Any, An
         return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image) * scales + shifts
 
     def finish(images: list[Any], boxes: Any, flips: Any) -> Any:
-        if len(images) == 1 and images[0].shape.rank == 4:
-            images = tf.unstack(images[0], micro_batch)
         parts = zip(images, tf.unstack(boxes, micro_batch), tf.unstack(flips, micro_batch), strict=True)
         return tf.stack([one(*part) for part in parts])
 

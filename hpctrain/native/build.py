@@ -30,7 +30,9 @@ def build() -> list[Path]:
 
     # Those that TensorFlow itself was compiled with, which decide how its classes lie in memory.
     flags = [flag for flag in tf.sysconfig.get_compile_flags() if "-std=" not in flag]
-    return [_compile(compiler, flags, tf.sysconfig.get_link_flags(), operation) for operation in OPERATIONS]
+    flags += [f"-I{tf.sysconfig.get_include()}/external/libjpeg_turbo"]
+    link_flags = [*tf.sysconfig.get_link_flags(), "-l:libtensorflow_cc.so.2"]  # the second has the decoder of JPEGs
+    return [_compile(compiler, flags, link_flags, operation) for operation in OPERATIONS]
 
 
 def _compile(compiler: str, flags: list[str], link_flags: list[str], operation: str) -> Path:

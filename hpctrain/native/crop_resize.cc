@@ -1,9 +1,10 @@
-// TensorFlow operation HpctrainCropResize: cut a box out of each decoded image of a batch, resize it to a square by
-// bilinear interpolation, mirror it, and normalize it, in one pass over the pixels and straight into the batch.
+// TensorFlow operations HpctrainCropResize and HpctrainDecodeCropResize: cut a box out of each image of a batch, resize it
+// to a square by bilinear interpolation, mirror it, and normalize it, in one pass over the pixels and straight into the
+// batch. The first takes decoded images. The second decodes the boxes of JPEG files, by TensorFlow's own decoder, one
+// after the other into the same memory, which stays in the cache.
 //
-// It computes what tf.raw_ops.ResizeBilinear(half_pixel_centers=True), tf.reverse, a multiplication and an addition
-// compute one after the other. Written against TensorFlow's C interface (tensorflow/c/kernels.h and ops.h), which
-// compiles in a second and does not change from release to release.
+// They compute what tf.image.decode_and_crop_jpeg, tf.raw_ops.ResizeBilinear(half_pixel_centers=True), tf.reverse, a
+// multiplication and an addition compute one after the other.
 //
 // Results are the same on every CPU: no fused multiply-add (-ffp-contract=off), and each output pixel is computed by
 // the same operations in the same order whatever the width of the vectors.
@@ -11,11 +12,19 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
-#include "tensorflow/c/kernels.h"
-#include "tensorflow/c/ops.h"
-#include "tensorflow/c/tf_tensor.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/lib/jpeg/jpeg_mem.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -25,12 +34,18 @@
 
 namespace {
 
+namespace tf = tensorflow;
+
 constexpr int kChannels = 3;
+constexpr int32_t kLongestSide = 65535;  // of a JPEG
 typedef float Pixel __attribute__((vector_size(16), aligned(4), may_alias));  // three channels, and one that is ignored
 
-struct Kernel {
+// What becomes of the pixels: images of size x size pixels, which are pixel * scale + shift.
+struct Target {
   int64_t size;
-  float scale[kChannels], shift[kChannels];
+  std::vector<float> scale, shift;
+
+  int64_t floats() const { return size * size * kChannels; }
 };
 
 struct Image {
@@ -70,152 +85,247 @@ Pixel Load(const float* from) {
   return pixel;
 }
 
+// The columns of an output row: places count floats.
+struct Columns {
+  std::vector<Place> places;
+  std::vector<float> weights;  // of each place four times, as a pixel is four floats
+
+  Columns(int64_t outputs, int64_t inputs, bool flip) : places(Places(outputs, inputs)) {
+    for (Place& place : places) {
+      place.lower *= kChannels;
+      place.upper *= kChannels;
+    }
+    if (flip) std::reverse(places.begin(), places.end());
+    weights.reserve(4 * places.size());
+    for (const Place& place : places) weights.insert(weights.end(), 4, place.weight);
+  }
+
+  int64_t size() const { return static_cast<int64_t>(places.size()); }
+};
+
 inline void BlendPixel(const float* row, const Place& place, Pixel scale, Pixel shift, float* out, size_t bytes) {
   const Pixel a = Load(row + place.lower), b = Load(row + place.upper);
   const Pixel value = (a + (b - a) * place.weight) * scale + shift;
   std::memcpy(out, &value, bytes);
 }
 
-// `row` has one float more than its pixels. Each pixel is written with a fourth float, which the next one overwrites;
-// only the last pixel of an image has no next one.
-void BlendColumns(const float* row, const std::vector<Place>& columns, Pixel scale, Pixel shift, bool last_row,
-                  float* out) {
-  const int64_t before_last = static_cast<int64_t>(columns.size()) - 1;
-  for (int64_t x = 0; x < before_last; ++x) {
-    BlendPixel(row, columns[x], scale, shift, out + x * kChannels, sizeof(Pixel));
-  }
-  BlendPixel(row, columns[before_last], scale, shift, out + before_last * kChannels,
-             last_row ? kChannels * sizeof(float) : sizeof(Pixel));
+#if defined(__x86_64__) && defined(__GNUC__)
+bool HasAvx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f");
 }
 
-void CropResize(const Kernel& kernel, const Image& image, const int32_t* box, bool flip, std::vector<float>* row,
+const bool kAvx512 = HasAvx512();
+
+#pragma GCC push_options
+#pragma GCC target("avx512f")
+// Four pixels from there on, each in four floats.
+inline __m512 Gather(const float* row, int32_t first, int32_t second, int32_t third, int32_t fourth) {
+  __m512 pixels = _mm512_castps128_ps512(_mm_loadu_ps(row + first));
+  pixels = _mm512_insertf32x4(pixels, _mm_loadu_ps(row + second), 1);
+  pixels = _mm512_insertf32x4(pixels, _mm_loadu_ps(row + third), 2);
+  return _mm512_insertf32x4(pixels, _mm_loadu_ps(row + fourth), 3);
+}
+
+// Blends four pixels at a time, as long as there is room for the four floats that are written after them; returns how
+// many.
+int64_t BlendFours(const float* row, const Columns& columns, Pixel scale, Pixel shift, int64_t room, float* out) {
+  const __m512 scales = _mm512_broadcast_f32x4(reinterpret_cast<__m128>(scale));
+  const __m512 shifts = _mm512_broadcast_f32x4(reinterpret_cast<__m128>(shift));
+  const __m512i close = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15);
+  const Place* const places = columns.places.data();
+  int64_t x = 0;
+  for (; x + 4 <= columns.size() && x * kChannels + 16 <= room; x += 4) {
+    const __m512 a = Gather(row, places[x].lower, places[x + 1].lower, places[x + 2].lower, places[x + 3].lower);
+    const __m512 b = Gather(row, places[x].upper, places[x + 1].upper, places[x + 2].upper, places[x + 3].upper);
+    const __m512 weighted = _mm512_mul_ps(_mm512_sub_ps(b, a), _mm512_loadu_ps(columns.weights.data() + 4 * x));
+    const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_add_ps(a, weighted), scales), shifts);
+    _mm512_storeu_ps(out + x * kChannels, _mm512_permutexvar_ps(close, value));
+  }
+  return x;
+}
+#pragma GCC pop_options
+#else
+constexpr bool kAvx512 = false;
+int64_t BlendFours(const float*, const Columns&, Pixel, Pixel, int64_t, float*) { return 0; }
+#endif
+
+// `row` has one float more than its pixels. Pixels are written with a fourth float each, or four floats after four
+// pixels, which the next ones overwrite; only after the last pixel of an image is no room for that.
+void BlendColumns(const float* row, const Columns& columns, Pixel scale, Pixel shift, bool last_row, float* out) {
+  const int64_t before_last = columns.size() - 1, floats = columns.size() * kChannels;
+  int64_t x = kAvx512 ? BlendFours(row, columns, scale, shift, last_row ? floats : 2 * floats, out) : 0;
+  for (; x < before_last; ++x) {
+    BlendPixel(row, columns.places[x], scale, shift, out + x * kChannels, sizeof(Pixel));
+  }
+  if (x == before_last) {
+    BlendPixel(row, columns.places[x], scale, shift, out + x * kChannels,
+               last_row ? kChannels * sizeof(float) : sizeof(Pixel));
+  }
+}
+
+void CropResize(const Target& target, const Image& image, const int32_t* box, bool flip, std::vector<float>* row,
                 float* out) {
   const int64_t top = box[0], left = box[1], height = box[2], width = box[3];
   const int64_t row_length = image.width * kChannels;
   const uint8_t* pixels = image.pixels + top * row_length + left * kChannels;
-  const std::vector<Place> rows = Places(kernel.size, height);
-  std::vector<Place> columns = Places(kernel.size, width);
-  for (Place& place : columns) {
-    place.lower *= kChannels;
-    place.upper *= kChannels;
-  }
-  if (flip) std::reverse(columns.begin(), columns.end());
-  const Pixel scale = {kernel.scale[0], kernel.scale[1], kernel.scale[2], 0.0f};
-  const Pixel shift = {kernel.shift[0], kernel.shift[1], kernel.shift[2], 0.0f};
+  const std::vector<Place> rows = Places(target.size, height);
+  const Columns columns(target.size, width, flip);
+  const Pixel scale = {target.scale[0], target.scale[1], target.scale[2], 0.0f};
+  const Pixel shift = {target.shift[0], target.shift[1], target.shift[2], 0.0f};
   row->resize(width * kChannels + 1);
-  for (int64_t y = 0; y < kernel.size; ++y) {
+  for (int64_t y = 0; y < target.size; ++y) {
     BlendRows(pixels + rows[y].lower * row_length, pixels + rows[y].upper * row_length, rows[y].weight,
               width * kChannels, row->data());
-    BlendColumns(row->data(), columns, scale, shift, y == kernel.size - 1, out + y * kernel.size * kChannels);
+    BlendColumns(row->data(), columns, scale, shift, y == target.size - 1, out + y * target.size * kChannels);
   }
 }
 
-void* Create(TF_OpKernelConstruction* context) {
-  Kernel* kernel = new Kernel();
-  TF_Status* status = TF_NewStatus();
-  TF_OpKernelConstruction_GetAttrInt64(context, "size", &kernel->size, status);
-  if (TF_GetCode(status) == TF_OK) {
-    TF_OpKernelConstruction_GetAttrFloatList(context, "scale", kernel->scale, kChannels, status);
-  }
-  if (TF_GetCode(status) == TF_OK) {
-    TF_OpKernelConstruction_GetAttrFloatList(context, "shift", kernel->shift, kChannels, status);
-  }
-  if (TF_GetCode(status) == TF_OK && kernel->size < 1) {
-    TF_SetStatus(status, TF_INVALID_ARGUMENT, "size is less than one pixel");
-  }
-  if (TF_GetCode(status) != TF_OK) TF_OpKernelConstruction_Failure(context, status);
-  TF_DeleteStatus(status);
-  return kernel;
-}
+// ---------------------------------------------------------------- operations
 
-void Delete(void* kernel) { delete static_cast<Kernel*>(kernel); }
-
-// Adds the images of an input, one [height, width, 3] or several [n, height, width, 3].
-bool AddImages(TF_Tensor* input, std::vector<Image>* images) {
-  const int dims = TF_NumDims(input);
-  if ((dims != 3 && dims != 4) || TF_Dim(input, dims - 1) != kChannels) return false;
-  const int64_t count = dims == 4 ? TF_Dim(input, 0) : 1;
-  const int64_t height = TF_Dim(input, dims - 3), width = TF_Dim(input, dims - 2);
-  const uint8_t* pixels = static_cast<const uint8_t*>(TF_TensorData(input));
-  for (int64_t i = 0; i < count; ++i) images->push_back({pixels + i * height * width * kChannels, height, width});
-  return true;
-}
-
-void Run(const Kernel& kernel, const std::vector<TF_Tensor*>& inputs, TF_OpKernelContext* context, TF_Status* status) {
-  TF_Tensor* boxes = inputs[inputs.size() - 2];
-  TF_Tensor* flips = inputs[inputs.size() - 1];
-  std::vector<Image> images;
-  bool good = true;
-  for (size_t i = 0; i + 2 < inputs.size(); ++i) good = good && AddImages(inputs[i], &images);
-  const int64_t count = static_cast<int64_t>(images.size());
-  if (!good || TF_TensorElementCount(boxes) != 4 * count || TF_TensorElementCount(flips) != count) {
-    TF_SetStatus(status, TF_INVALID_ARGUMENT,
-                 "expected images [height, width, 3] or [n, height, width, 3], and a box [4] and a flip for each");
-    return;
+class ToBatch : public tf::OpKernel {
+ public:
+  explicit ToBatch(tf::OpKernelConstruction* context) : tf::OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("size", &target_.size));
+    OP_REQUIRES_OK(context, context->GetAttr("scale", &target_.scale));
+    OP_REQUIRES_OK(context, context->GetAttr("shift", &target_.shift));
+    OP_REQUIRES(context, target_.size > 0 && target_.scale.size() == kChannels && target_.shift.size() == kChannels,
+                absl::InvalidArgumentError("size is to be a pixel or more, scale and shift three numbers each"));
   }
-  const int32_t* box = static_cast<const int32_t*>(TF_TensorData(boxes));
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t top = box[4 * i], left = box[4 * i + 1], height = box[4 * i + 2], width = box[4 * i + 3];
-    if (top < 0 || left < 0 || height < 1 || width < 1 || top + height > images[i].height ||
-        left + width > images[i].width) {
-      TF_SetStatus(status, TF_INVALID_ARGUMENT, "a box is not inside its image");
-      return;
+
+ protected:
+  // Returns where the batch is to go, after a look at the boxes and flips, the last two inputs.
+  absl::Status Start(tf::OpKernelContext* context, int64_t count, float** out) const {
+    const tf::Tensor &boxes = Boxes(context), &flips = context->input(context->num_inputs() - 1);
+    if (boxes.NumElements() != 4 * count || flips.NumElements() != count) {
+      return absl::InvalidArgumentError(absl::StrCat("expected a box [4] and a flip for each of ", count, " images, not ",
+                                                     boxes.shape().DebugString(), " and ", flips.shape().DebugString()));
+    }
+    tf::Tensor* batch;
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(0, tf::TensorShape({count, target_.size, target_.size, kChannels}), &batch));
+    *out = batch->flat<float>().data();
+    return absl::OkStatus();
+  }
+
+  static const tf::Tensor& Boxes(tf::OpKernelContext* context) { return context->input(context->num_inputs() - 2); }
+  static const int32_t* Box(tf::OpKernelContext* context, int64_t i) {
+    return Boxes(context).flat<int32_t>().data() + 4 * i;
+  }
+  static bool IsFlipped(tf::OpKernelContext* context, int64_t i) {
+    return context->input(context->num_inputs() - 1).flat<bool>()(i);
+  }
+
+  Target target_;
+};
+
+class CropResizeImages : public ToBatch {
+ public:
+  using ToBatch::ToBatch;
+
+  void Compute(tf::OpKernelContext* context) override {
+    std::vector<Image> images;
+    for (int i = 0; i + 2 < context->num_inputs(); ++i) {
+      const tf::Tensor& input = context->input(i);  // one image, or several
+      const int dims = input.dims();
+      OP_REQUIRES(context, (dims == 3 || dims == 4) && input.dim_size(dims - 1) == kChannels,
+                  absl::InvalidArgumentError(absl::StrCat("expected images [height, width, 3] or [n, height, width, 3], ",
+                                                          "not ", input.shape().DebugString())));
+      const int64_t count = dims == 4 ? input.dim_size(0) : 1;
+      const int64_t height = input.dim_size(dims - 3), width = input.dim_size(dims - 2);
+      for (int64_t j = 0; j < count; ++j) {
+        images.push_back({input.flat<uint8_t>().data() + j * height * width * kChannels, height, width});
+      }
+    }
+    float* out;
+    OP_REQUIRES_OK(context, Start(context, static_cast<int64_t>(images.size()), &out));
+    std::vector<float> row;
+    for (size_t i = 0; i < images.size(); ++i) {
+      const int32_t* box = Box(context, i);
+      const int64_t top = box[0], left = box[1], height = box[2], width = box[3];
+      OP_REQUIRES(context,
+                  top >= 0 && left >= 0 && height > 0 && width > 0 && top + height <= images[i].height &&
+                      left + width <= images[i].width,
+                  absl::InvalidArgumentError("a box is not inside its image"));
+      CropResize(target_, images[i], box, IsFlipped(context, i), &row, out + i * target_.floats());
     }
   }
-  const int64_t shape[4] = {count, kernel.size, kernel.size, kChannels};
-  const int64_t image_floats = kernel.size * kernel.size * kChannels;
-  TF_Tensor* output =
-      TF_AllocateOutput(context, 0, TF_FLOAT, shape, 4, static_cast<size_t>(count * image_floats) * sizeof(float), status);
-  if (TF_GetCode(status) != TF_OK) return;
-  float* out = static_cast<float*>(TF_TensorData(output));
-  const bool* flip = static_cast<const bool*>(TF_TensorData(flips));
-  std::vector<float> row;
-  for (int64_t i = 0; i < count; ++i) {
-    CropResize(kernel, images[i], box + 4 * i, flip[i], &row, out + i * image_floats);
+};
+
+class DecodeCropResize : public ToBatch {
+ public:
+  using ToBatch::ToBatch;
+
+  void Compute(tf::OpKernelContext* context) override {
+    const auto files = context->input(0).flat<tf::tstring>();
+    float* out;
+    OP_REQUIRES_OK(context, Start(context, files.size(), &out));
+    std::vector<uint8_t> pixels;
+    std::vector<float> row;
+    for (int64_t i = 0; i < files.size(); ++i) {
+      const int32_t* box = Box(context, i);
+      tf::jpeg::UncompressFlags flags;
+      flags.components = kChannels;
+      flags.dct_method = JDCT_IFAST;
+      flags.fancy_upscaling = false;
+      flags.crop = true;
+      flags.crop_y = box[0];
+      flags.crop_x = box[1];
+      flags.crop_height = box[2];
+      flags.crop_width = box[3];
+      const auto allocate = [&](int width, int height, int channels) {
+        const size_t bytes = static_cast<size_t>(width) * height * channels;
+        if (pixels.size() < bytes) pixels.resize(bytes);
+        return pixels.data();
+      };
+      // The decoder counts in int, and does not expect sums that are more.
+      const bool fits = files(i).size() <= static_cast<size_t>(std::numeric_limits<int>::max()) && box[0] >= 0 &&
+                        box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[0] <= kLongestSide - box[2] &&
+                        box[1] <= kLongestSide - box[3];
+      const uint8_t* decoded =
+          fits ? tf::jpeg::Uncompress(files(i).data(), static_cast<int>(files(i).size()), flags, nullptr, allocate)
+               : nullptr;
+      OP_REQUIRES(context, decoded != nullptr,
+                  absl::InvalidArgumentError(absl::StrCat("image ", i, " of the batch is not a JPEG that can be decoded, ",
+                                                          "or its box is not inside")));
+      const int32_t whole[] = {0, 0, box[2], box[3]};
+      CropResize(target_, {decoded, box[2], box[3]}, whole, IsFlipped(context, i), &row, out + i * target_.floats());
+    }
   }
-  TF_DeleteTensor(output);
+};
+
+absl::Status ShapeOfBatch(tf::shape_inference::InferenceContext* context) {
+  int64_t size;
+  TF_RETURN_IF_ERROR(context->GetAttr("size", &size));
+  tf::shape_inference::ShapeHandle boxes;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(context->num_inputs() - 2), 2, &boxes));
+  context->set_output(0, context->MakeShape({context->Dim(boxes, 0), context->MakeDim(size), context->MakeDim(size),
+                                             context->MakeDim(kChannels)}));
+  return absl::OkStatus();
 }
 
-void Compute(void* kernel, TF_OpKernelContext* context) {
-  TF_Status* status = TF_NewStatus();
-  std::vector<TF_Tensor*> inputs(TF_NumInputs(context), nullptr);
-  for (size_t i = 0; i < inputs.size() && TF_GetCode(status) == TF_OK; ++i) {
-    TF_GetInput(context, static_cast<int>(i), &inputs[i], status);
-  }
-  if (TF_GetCode(status) == TF_OK) Run(*static_cast<Kernel*>(kernel), inputs, context, status);
-  if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
-  for (TF_Tensor* input : inputs) {
-    if (input != nullptr) TF_DeleteTensor(input);
-  }
-  TF_DeleteStatus(status);
-}
+REGISTER_OP("HpctrainCropResize")
+    .Input("images: N * uint8")
+    .Input("boxes: int32")
+    .Input("flips: bool")
+    .Output("batch: float")
+    .Attr("N: int >= 1")
+    .Attr("size: int")
+    .Attr("scale: list(float)")
+    .Attr("shift: list(float)")
+    .SetShapeFn(ShapeOfBatch);
 
-void UnknownShape(TF_ShapeInferenceContext* context, TF_Status* status) {
-  TF_ShapeInferenceContextSetUnknownShape(context, status);  // the caller sets it, who knows the size
-}
+REGISTER_OP("HpctrainDecodeCropResize")
+    .Input("files: string")
+    .Input("boxes: int32")
+    .Input("flips: bool")
+    .Output("batch: float")
+    .Attr("size: int")
+    .Attr("scale: list(float)")
+    .Attr("shift: list(float)")
+    .SetShapeFn(ShapeOfBatch);
 
-bool Register() {
-  TF_Status* status = TF_NewStatus();
-  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder("HpctrainCropResize");
-  TF_OpDefinitionBuilderAddInput(op, "images: N * uint8");
-  TF_OpDefinitionBuilderAddInput(op, "boxes: int32");
-  TF_OpDefinitionBuilderAddInput(op, "flips: bool");
-  TF_OpDefinitionBuilderAddAttr(op, "N: int >= 1");
-  TF_OpDefinitionBuilderAddAttr(op, "size: int");
-  TF_OpDefinitionBuilderAddAttr(op, "scale: list(float) >= 3");
-  TF_OpDefinitionBuilderAddAttr(op, "shift: list(float) >= 3");
-  TF_OpDefinitionBuilderAddOutput(op, "pixels: float");
-  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, &UnknownShape);
-  TF_RegisterOpDefinition(op, status);
-  if (TF_GetCode(status) == TF_OK) {
-    TF_KernelBuilder* builder = TF_NewKernelBuilder("HpctrainCropResize", "CPU", &Create, &Compute, &Delete);
-    TF_RegisterKernelBuilder("HpctrainCropResize", builder, status);
-  }
-  const bool done = TF_GetCode(status) == TF_OK;
-  TF_DeleteStatus(status);
-  return done;
-}
-
-const bool registered = Register();
+REGISTER_KERNEL_BUILDER(Name("HpctrainCropResize").Device(tf::DEVICE_CPU), CropResizeImages);
+REGISTER_KERNEL_BUILDER(Name("HpctrainDecodeCropResize").Device(tf::DEVICE_CPU), DecodeCropResize);
 
 }  // namespace

@@ -1,21 +1,36 @@
 """The compiled operation for images: right at every edge, on damaged arguments too."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.native import crop_resize
+from tests.conftest import image_bytes
 
 tf = pytest.importorskip("tensorflow")
 
 SCALE, SHIFT = [0.5, 2.0, -1.0], [1.0, 0.0, 10.0]
 
 
+def operations() -> Any:
+    found = crop_resize()
+    assert found is not None, "run `python -m hpctrain.native.build`"
+    return found
+
+
 def run(image: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
-    operation = crop_resize()
-    assert operation is not None, "run `python -m hpctrain.native.build`"
-    return np.asarray(operation([image], [box], [flip], size=size, scale=SCALE, shift=SHIFT))[0]
+    batch = operations().hpctrain_crop_resize([image], [box], [flip], size=size, scale=SCALE, shift=SHIFT)
+    return np.asarray(batch)[0]
+
+
+def run_files(files: list[bytes], boxes: list[list[int]], flips: list[bool], size: int) -> np.ndarray:
+    return np.asarray(
+        operations().hpctrain_decode_crop_resize(files, boxes, flips, size=size, scale=SCALE, shift=SHIFT)
+    )
 
 
 def expected(image: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
@@ -62,3 +77,41 @@ def test_a_box_outside_the_image_is_an_error(box: list[int]) -> None:
 def test_other_shapes_are_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(tf.errors.InvalidArgumentError, match="expected images"):
         run(np.zeros(shape, np.uint8), [0, 0, 1, 1], False, 4)
+
+
+# Sizes whose rows end amid four pixels, and images smaller and larger than the one before, so that memory is reused.
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 6, 21, 64])
+def test_files_are_decoded_as_by_tensorflow_and_then_treated_like_decoded_images(size: int) -> None:
+    files = [image_bytes(i, 60 - 13 * (i % 4), 30 + 17 * (i % 3)) for i in range(5)]
+    boxes, flips = (
+        [[0, 0, 20, 30], [3, 1, 17, 29], [0, 5, 1, 1], [2, 2, 8, 21], [7, 0, 50, 25]],
+        [i % 2 == 0 for i in range(5)],
+    )
+    batch = run_files(files, boxes, flips, size)
+    for file, box, flip, found in zip(files, boxes, flips, batch, strict=True):
+        options: dict[str, Any] = {"channels": 3, "dct_method": "INTEGER_FAST", "fancy_upscaling": False}
+        pixels = tf.image.decode_and_crop_jpeg(file, box, **options).numpy()
+        np.testing.assert_array_equal(found, run(pixels, [0, 0, *box[2:]], flip, size))
+
+
+@pytest.mark.parametrize(
+    ("change", "box"),
+    [
+        (lambda file: b"", [0, 0, 4, 4]),
+        (lambda file: b"no image", [0, 0, 4, 4]),
+        (lambda file: file[: len(file) // 2], [0, 0, 20, 20]),
+        (lambda file: file, [10, 0, 20, 4]),
+        (lambda file: file, [0, -1, 4, 4]),
+        (lambda file: file, [0, 0, 0, 4]),
+        (lambda file: file, [2**31 - 1, 0, 2**31 - 1, 4]),
+    ],
+)
+def test_a_file_that_cannot_be_decoded_is_an_error(change: Callable[[bytes], bytes], box: list[int]) -> None:
+    good = image_bytes(0, 20, 20)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="image 1 of the batch"):
+        run_files([good, change(good)], [[0, 0, 4, 4], box], [False, False], 8)
+
+
+def test_too_few_boxes_are_an_error() -> None:
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a box"):
+        run_files([image_bytes(0, 20, 20)] * 2, [[0, 0, 4, 4]], [False], 8)
