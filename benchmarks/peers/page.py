@@ -225,7 +225,9 @@ over rounds. All update by SGD with momentum. A process with two threads has twi
 
 - **hpctrain**: the trainer's own step, as in `hpctrain train`; ranks under a plain `mpirun -n 2`. Independent
   processes are two that train at the same time, each on its own core, and know nothing of each other: the most that
-  two ranks could reach. All with {ours}, so that memory is in large pages.
+  two ranks could reach. Those that start each step together do nothing else together: what is below independent ones is
+  what waiting for the slower one takes, and wanting the memory at the same moments; what ranks are below them is
+  communication. All with {ours}, so that memory is in large pages.
 - **Keras loop**: a `tf.function` with a `GradientTape` around Keras' own layers (`keras.applications.ResNet50`,
   `Conv2D(groups=2)`), `mixed_bfloat16` for bfloat16.
 - **Horovod's ops**: the same loop with `hvd.allreduce` for each gradient, plain `mpirun -n 2`, all defaults; once with

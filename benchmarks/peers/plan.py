@@ -75,6 +75,7 @@ _TORCH = ("-m", "benchmarks.peers.torch_loop")
 _BARE = ("-m", "benchmarks.peers.bare_convolutions")
 
 OURS, RANKS, APART = "hpctrain, 2 threads", "hpctrain, 2 ranks", "hpctrain, 2 independent processes"
+IN_STEP = "hpctrain, 2 processes that start each step together"
 KERAS, KERAS_CORE = "Keras loop, 2 threads", "Keras loop, 1 thread"
 HOROVOD, HOROVOD_YIELD = "Horovod's ops, 2 ranks", "Horovod's ops, 2 ranks, MPI yields"
 WORKERS = "MultiWorkerMirroredStrategy, 2 workers"
@@ -90,8 +91,11 @@ def _ours(batch: int, quick: Sequence[str]) -> list[Contender]:
     ]
 
 
-def _apart(batch: int) -> Contender:
-    return Contender(APART, _OURS, "processes", 2, micro_batch=batch, quick=True, environment=OUR_ENVIRONMENT)
+def _apart(batch: int) -> list[Contender]:
+    return [
+        Contender(APART, _OURS, "processes", 2, micro_batch=batch, quick=True, environment=OUR_ENVIRONMENT),
+        Contender(IN_STEP, (*_OURS, "--in-step"), "processes", 2, micro_batch=batch, environment=OUR_ENVIRONMENT),
+    ]
 
 
 def _torch(batch: int, quick: Sequence[str]) -> list[Contender]:
@@ -148,7 +152,7 @@ GROUPS = (
         3,
         [
             *_ours(8, [OURS, RANKS]),
-            _apart(8),
+            *_apart(8),
             *_torch(8, [TORCH, TORCH_DDP]),
             _keras(8),
             _keras_core(8, quick=True),
@@ -162,6 +166,7 @@ GROUPS = (
             Goal(OURS, TORCH, limit=1.25),
             Goal(RANKS, TORCH_DDP, limit=1.25),
             Goal(RANKS, APART, limit=0.98),
+            Goal(RANKS, IN_STEP),
             Goal(OURS, KERAS),
             Goal(RANKS, HOROVOD),
             Goal(RANKS, HOROVOD_YIELD),
@@ -192,7 +197,7 @@ GROUPS = (
         3,
         [
             *_ours(32, [OURS, RANKS]),
-            _apart(32),
+            *_apart(32),
             *_torch(32, [TORCH]),
             # Keras' grouped convolutions take 5 s a step and more.
             _keras(32, quick=True, steps=3),
@@ -205,6 +210,7 @@ GROUPS = (
         [
             Goal(OURS, KERAS, limit=4.0),
             Goal(RANKS, APART, limit=0.93),
+            Goal(RANKS, IN_STEP),
             Goal(OURS, TORCH),
             Goal(RANKS, TORCH_DDP),
             Goal(RANKS, HOROVOD),
@@ -230,7 +236,7 @@ GROUPS = (
         15,
         [
             *_ours(32, [RANKS]),
-            _apart(32),
+            *_apart(32),
             *_torch(32, []),
             _keras(32),
             _keras_core(32),
@@ -241,6 +247,7 @@ GROUPS = (
         ],
         [
             Goal(RANKS, APART),
+            Goal(RANKS, IN_STEP),
             Goal(OURS, TORCH),
             Goal(RANKS, TORCH_DDP),
             Goal(OURS, KERAS),

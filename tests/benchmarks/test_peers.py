@@ -290,3 +290,26 @@ def test_networks_of_all_frameworks_have_the_same_weights(model: str) -> None:
 def test_a_group_can_have_other_steps() -> None:
     check = "assert sys.argv[sys.argv.index('--steps') + 1] == '9'"
     runner.run_contender(replace(GROUP, steps=9), Contender("A", printing(1.0, check)))
+
+
+_STEPPING = """
+import os, time
+from benchmarks.peers.work import parse_work, time_steps
+work = parse_work()
+log = os.open({log!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def step():
+    time.sleep(0.005 * work.process)
+    os.write(log, str(work.process).encode())
+time_steps(work, step)
+"""
+
+
+def test_processes_in_step_are_never_two_steps_apart(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = ("-c", _STEPPING.format(log=str(log)), "--in-step")
+    contender = Contender("In step", program, "processes", processes=2, threads=1, micro_batch=1)
+    lines = runner.start(contender, runner.work_words(replace(GROUP, steps=20, warm_up=1), contender, quick=False))
+    assert [len(line["step_seconds"]) for line in lines] == [20, 20]
+    steps = log.read_text()[2:]  # without those of the warm-up
+    assert steps.count("0") == steps.count("1") == 20
+    assert all(abs(steps[:i].count("0") - steps[:i].count("1")) <= 1 for i in range(40))
