@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from hpctrain.data.atomic import publish, temporary_path
@@ -32,7 +34,8 @@ def build() -> list[Path]:
     flags = [flag for flag in tf.sysconfig.get_compile_flags() if "-std=" not in flag]
     flags += [f"-I{tf.sysconfig.get_include()}/external/libjpeg_turbo"]
     link_flags = [*tf.sysconfig.get_link_flags(), "-l:libtensorflow_cc.so.2"]  # the second has the decoder of JPEGs
-    return [_compile(compiler, flags, link_flags, operation) for operation in OPERATIONS]
+    with ThreadPoolExecutor(min(len(OPERATIONS), len(os.sched_getaffinity(0)))) as compilers:
+        return list(compilers.map(partial(_compile, compiler, flags, link_flags), OPERATIONS))
 
 
 def _compile(compiler: str, flags: list[str], link_flags: list[str], operation: str) -> Path:

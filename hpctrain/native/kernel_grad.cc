@@ -4,7 +4,7 @@
 // Results do not depend on the number of threads: each number of the gradient is summed up by one thread, in the order
 // of positions.
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && __has_include(<amxbf16intrin.h>)  // g++ 11 and newer
 
 #include "kernel_grad.h"
 
@@ -211,7 +211,7 @@ REGISTER_KERNEL_BUILDER(Name("HpctrainKernelGrad").Device(tf::DEVICE_CPU), Kerne
 
 }  // namespace
 
-#else  // other processors have no AMX
+#else  // other processors have no AMX, and older compilers do not know it
 
 extern "C" bool hpctrain_kernel_grad_works() { return false; }
 
