@@ -15,6 +15,7 @@ from hpctrain.data.hashing import uniform
 
 AREA = (0.08, 1.0)  # of the image, Szegedy et al., "Going deeper with convolutions", section 6
 ASPECT = (3 / 4, 4 / 3)
+_SIZE_DRAWS = 3  # the number of the first random number for the size of a box; those before: flip, top, left
 _ATTEMPTS = 10  # boxes that are tried before the largest central one is taken, as common implementations do
 
 Boxes = NDArray[np.int32]  # [n, 4]: top, left, height, width in pixels
@@ -39,17 +40,19 @@ def training_boxes(
     """
     if kind == "none":
         return central_boxes(heights, widths, crop_fraction), np.zeros(len(records), np.bool_)
-    draw = _Draws(seed, epochs, records)
-    flips = draw(0) < 0.5 if flip else np.zeros(len(records), np.bool_)
+    # The n-th random number of each (seed, epoch, record), [n, record]: in one call, which costs more than numbers.
+    numbers = np.arange(_SIZE_DRAWS + (2 * _ATTEMPTS if kind == "heavy" else 0))
+    draws = uniform(seed, epochs, records, numbers[:, np.newaxis])
+    flips = draws[0] < 0.5 if flip else np.zeros(len(records), np.bool_)
     if kind == "weak":
         box_heights = _at_least_one(heights * crop_fraction)
         box_widths = _at_least_one(widths * crop_fraction)
     elif kind == "heavy":
-        box_heights, box_widths = _inception_sizes(heights, widths, draw)
+        box_heights, box_widths = _inception_sizes(heights, widths, draws[_SIZE_DRAWS:])
     else:
         raise ValueError(f"unknown augmentation {kind!r}")
-    tops = (draw(1) * (heights - box_heights + 1)).astype(np.int64)
-    lefts = (draw(2) * (widths - box_widths + 1)).astype(np.int64)
+    tops = (draws[1] * (heights - box_heights + 1)).astype(np.int64)
+    lefts = (draws[2] * (widths - box_widths + 1)).astype(np.int64)
     return np.stack([tops, lefts, box_heights, box_widths], axis=1).astype(np.int32), flips
 
 
@@ -59,36 +62,27 @@ def central_boxes(heights: NDArray[np.integer], widths: NDArray[np.integer], cro
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int32)
 
 
-class _Draws:
-    """The n-th random number of each (seed, epoch, record), in [0, 1)."""
-
-    def __init__(self, seed: int, epochs: NDArray[np.int64], records: NDArray[np.int64]) -> None:
-        self._key = (seed, epochs, records)
-
-    def __call__(self, number: int) -> NDArray[np.float64]:
-        return uniform(*self._key, number)
-
-
 def _at_least_one(sides: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     return np.maximum(np.round(sides).astype(np.int64), 1)
 
 
 def _inception_sizes(
-    heights: NDArray[np.integer], widths: NDArray[np.integer], draw: _Draws
+    heights: NDArray[np.integer], widths: NDArray[np.integer], draws: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Box sizes of random area and log-uniform aspect ratio; the first of ten attempts that fits into the image."""
-    # The fallback: the largest central box whose aspect ratio is allowed.
-    box_heights = np.minimum(heights, _at_least_one(widths / ASPECT[0])).astype(np.int64)
-    box_widths = np.minimum(widths, _at_least_one(heights * ASPECT[1])).astype(np.int64)
-    pending = np.ones(len(heights), np.bool_)
-    for attempt in range(_ATTEMPTS):
-        area = heights.astype(np.float64) * widths * (AREA[0] + (AREA[1] - AREA[0]) * draw(3 + 2 * attempt))
-        log_low, log_high = math.log(ASPECT[0]), math.log(ASPECT[1])
-        aspect = np.exp(log_low + (log_high - log_low) * draw(4 + 2 * attempt))
-        try_heights, try_widths = _at_least_one(np.sqrt(area / aspect)), _at_least_one(np.sqrt(area * aspect))
-        fits = pending & (try_heights <= heights) & (try_widths <= widths)
-        box_heights[fits], box_widths[fits] = try_heights[fits], try_widths[fits]
-        pending &= ~fits
-        if not pending.any():
-            break
-    return box_heights, box_widths
+    """Box sizes of random area and log-uniform aspect ratio; the first of ten attempts that fits into the image.
+
+    `draws` are two random numbers an attempt, [2 * attempts, record].
+    """
+    area = heights.astype(np.float64) * widths * (AREA[0] + (AREA[1] - AREA[0]) * draws[0::2])
+    log_low, log_high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    aspect = np.exp(log_low + (log_high - log_low) * draws[1::2])
+    try_heights, try_widths = _at_least_one(np.sqrt(area / aspect)), _at_least_one(np.sqrt(area * aspect))
+    fits = (try_heights <= heights) & (try_widths <= widths)
+    first = (fits.argmax(axis=0), np.arange(len(heights)))
+    # Where none fits: the largest central box whose aspect ratio is allowed.
+    largest_heights = np.minimum(heights, _at_least_one(widths / ASPECT[0]))
+    largest_widths = np.minimum(widths, _at_least_one(heights * ASPECT[1]))
+    return (
+        np.where(fits[first], try_heights[first], largest_heights),
+        np.where(fits[first], try_widths[first], largest_widths),
+    )

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ PADDING_SIZE, PADDING_GRAY = 8, 128  # side in pixels, and color, of the image t
 def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[Any, Any, Any], Any]:
     """Return (images, boxes int32[k, 4], flips bool[k]) -> float32[k, S, S, 3]: cut out, resized, mirrored, normalized.
 
-    k is `micro_batch`. `images` are k JPEG files as strings, of which only the box is decoded ("jpeg"), or
-    uint8[k, height, width, 3] ("raw"). Resizing is bilinear, with pixel centers at half-integers. JPEGs are decoded
-    with the fast integer transform and without smoothing colors, as benchmarks of TensorFlow have always done.
+    k is `micro_batch`. `images` are k JPEG files, (bytes uint8[n], offsets int64[k + 1]) with one after the other, of
+    which only the box is decoded ("jpeg"), or uint8[k, height, width, 3] ("raw"). Resizing is bilinear, with pixel
+    centers at half-integers. JPEGs are decoded with the fast integer transform and without smoothing colors, as
+    benchmarks of TensorFlow have always done.
     """
     scale = 1 / np.array(STDDEV_RGB)
     shift = -np.array(MEAN_RGB) * scale
@@ -31,7 +33,7 @@ def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[
             boxes = tf.ensure_shape(boxes, [micro_batch, 4])
             if encoding == "raw":
                 return operations.hpctrain_crop_resize([images], boxes, flips, **attributes)
-            return operations.hpctrain_decode_crop_resize(images, boxes, flips, **attributes)
+            return operations.hpctrain_decode_crop_resize(*images, boxes, flips, **attributes)
 
         return by_operation
 
@@ -43,11 +45,20 @@ def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[
             return finish(tf.unstack(images, micro_batch), boxes, flips)
         pixels = [
             tf.image.decode_and_crop_jpeg(blob, box, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
-            for blob, box in zip(tf.unstack(images, micro_batch), tf.unstack(boxes), strict=True)
+            for blob, box in zip(tf.unstack(_strings(*images), micro_batch), tf.unstack(boxes), strict=True)
         ]
         return finish(pixels, boxes * tf.constant([0, 0, 1, 1]), flips)  # all of what was decoded
 
     return decode
+
+
+def _strings(packed: Any, offsets: Any) -> Any:
+    def cut(packed: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.object_]:
+        strings = np.empty(len(offsets) - 1, object)
+        strings[:] = [packed[begin:end].tobytes() for begin, end in pairwise(offsets.tolist())]
+        return strings
+
+    return tf.numpy_function(cut, [packed, offsets], tf.string)
 
 
 def _finisher(

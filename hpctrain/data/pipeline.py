@@ -164,7 +164,7 @@ def input_pipeline(
     `read_ahead_batches` batches are made before they are asked for, and the records of as many again are read.
     """
     source = RecordSource(reader, samples, boxes, on_bad_record, read_ahead_batches)
-    images = tf.TensorSpec([None], tf.string)
+    images: Any = (tf.TensorSpec([None], tf.uint8), tf.TensorSpec([None], tf.int64))
     if reader.encoding == "raw":
         images = tf.TensorSpec([None, *reader.image_shape], tf.uint8)
     rest = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, 4], tf.int32), tf.TensorSpec([None], tf.bool))

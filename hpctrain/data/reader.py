@@ -1,12 +1,12 @@
 """Reads records of a data set by number: large `pread`s at known offsets, no HDF5 calls, safe under threads."""
 
 import errno
-import math
 import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpctrain.data.checksum import crc32
+from hpctrain.data.index_table import IndexTable
 from hpctrain.data.manifest import Manifest, ShardEntry, split_directory
 from hpctrain.data.shard import INDEX_TYPES, DataError, array_layout, index_checksum, index_problem
 from hpctrain.data.shard_file import open_shard, printable
 
 _MAX_BUFFERS = 256  # that one preadv fills; systems take 1,024
 _ALIGNMENT = 64  # bytes
-_MAX_READ_BYTES = 64 << 20  # of one pread; longer runs of records are read in several
 # What busy parallel file systems answer now and then, and what a second try usually cures.
 _PASSING_ERRORS = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.EINTR}
 _TRIES = 3
@@ -29,6 +29,7 @@ _FIRST_WAIT_SECONDS = 0.2
 
 PathLike = str | os.PathLike[str]
 Buffer = Any  # bytes, or anything that has them in one piece
+Packed = tuple[NDArray[np.uint8], NDArray[np.int64]]  # k records one after the other; k + 1 offsets, from 0 to the end
 _Result = TypeVar("_Result")
 
 
@@ -66,7 +67,7 @@ class ShardReader:
         self._drop_cache = page_cache == "drop"
         self._first_records = np.array([shard.first_record for shard in self.manifest.shards], np.int64)
         self._lock = threading.Lock()
-        self._shards: dict[int, _Shard] = {}
+        self._index = IndexTable(len(self.manifest.shards))
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()  # the most recently used last
         self._max_open_files = max(1, max_open_files)
 
@@ -115,38 +116,36 @@ class ShardReader:
         Raises a DataError that names shard, record and source file where bytes are missing or do not match their
         checksum (`verify`, by default what the reader was opened with).
         """
-        wanted = self._checked(records)
-        unique, places = np.unique(wanted, return_inverse=True)
-        blobs: list[bytes] = []
-        for number, part in self._by_shard(unique):
-            shard = self._shard(number)
-            blobs += self._read_sorted(number, shard, unique[part] - shard.entry.first_record)
-        if self._verify if verify is None else verify:
-            self._raise_if_damaged(unique, blobs)
-        return [blobs[place] for place in places.reshape(-1)]
+        return [bytes(part) for part in parts(*self.read_packed(records, verify))]
 
-    def read_pixels(self, records: ArrayLike, verify: bool | None = None) -> NDArray[np.uint8]:
-        """Return the given records of a raw data set as uint8[n, height, width, channels], read right into that array.
+    def read_packed(self, records: ArrayLike, verify: bool | None = None) -> Packed:
+        """Return (bytes uint8[n], offsets int64[k + 1]): the k given records, one after the other.
 
-        Otherwise as `read`.
+        Otherwise as `read`. Bytes are read right into place; those of the i-th are bytes[offsets[i]:offsets[i + 1]].
         """
         wanted = self._checked(records)
-        pixels = _aligned((len(wanted), *self.image_shape))
-        rows = pixels.reshape(len(wanted), math.prod(self.image_shape))
+        shards, local = self._located(wanted)
+        begins = self._index.lookup("offsets", shards, local)
+        lengths = self._index.lookup("offsets", shards, local + 1) - begins
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        packed = _aligned(int(offsets[-1]))
+        blobs = parts(packed, offsets)
         order = np.argsort(wanted, kind="stable")
-        in_order = wanted[order]
-        for number, part in self._by_shard(in_order):
-            shard = self._shard(number)
-            local = in_order[part] - shard.entry.first_record
-            cuts = [0, *(np.flatnonzero(np.diff(local) != 1) + 1).tolist(), len(local)]
-            for first, last in pairwise(cuts):
-                for begin in range(first, last, _MAX_BUFFERS):
-                    places = order[part][begin : min(last, begin + _MAX_BUFFERS)].tolist()
-                    start = shard.entry.data_offset + int(shard.index["offsets"][local[begin]])
-                    self._pread_into(number, [memoryview(rows[place]) for place in places], start)
+        apart = (np.diff(wanted[order]) != 1) | (np.diff(shards[order]) != 0)
+        for first, last in pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(order)]):
+            for start in range(first, last, _MAX_BUFFERS):
+                places = order[start : min(last, start + _MAX_BUFFERS)].tolist()
+                shard = int(shards[places[0]])
+                offset = self.manifest.shards[shard].data_offset + int(begins[places[0]])
+                self._pread_into(shard, [blobs[place] for place in places], offset)
         if self._verify if verify is None else verify:
-            self._raise_if_damaged(wanted, list(rows))
-        return pixels
+            self._raise_if_damaged(wanted, blobs)
+        return packed, offsets
+
+    def read_pixels(self, records: ArrayLike, verify: bool | None = None) -> NDArray[np.uint8]:
+        """Return the given records of a raw data set as uint8[n, height, width, channels]; otherwise as `read`."""
+        packed, offsets = self.read_packed(records, verify)
+        return packed.reshape(len(offsets) - 1, *self.image_shape)
 
     def labels(self, records: ArrayLike) -> NDArray[np.int32]:
         """Return the class numbers of the given records, int32[n]."""
@@ -159,7 +158,8 @@ class ShardReader:
 
     def record_bytes(self, records: ArrayLike) -> NDArray[np.int64]:
         """Return the number of bytes of the given records, int64[n]."""
-        return self._gather(records, "lengths").astype(np.int64, copy=False)
+        shards, local = self._located(records)
+        return self._index.lookup("offsets", shards, local + 1) - self._index.lookup("offsets", shards, local)
 
     def _raise_if_damaged(self, records: NDArray[np.int64], blobs: Sequence[Buffer]) -> None:
         bad = np.flatnonzero(~self.checksums_ok(records, blobs))
@@ -208,66 +208,25 @@ class ShardReader:
     def _shard_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_records, records, side="right") - 1
 
-    def _by_shard(self, sorted_records: NDArray[np.int64]) -> list[tuple[int, slice]]:
-        """Cut sorted records where the shard changes: (shard number, slice into the records)."""
-        numbers = self._shard_numbers(sorted_records)
-        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-        return [(int(numbers[a]), slice(a, b)) for a, b in pairwise(cuts) if b > a]
+    def _located(self, records: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the number of each record's shard, whose index is there then, and the record's number in it."""
+        wanted = self._checked(records)
+        shards = self._shard_numbers(wanted)
+        for number in self._index.missing(shards):
+            entry = self.manifest.shards[number]
+            load = partial(
+                _load_index, entry=entry, num_classes=self.num_classes, image_shape=self.manifest.image_shape
+            )
+            self._index.add(number, self._with_file(number, load))
+        return shards, wanted - self._first_records[shards]
 
     def _gather(self, records: ArrayLike, array: str) -> NDArray[Any]:
-        wanted = self._checked(records)
-        order = np.argsort(wanted, kind="stable")
-        in_order = wanted[order]
-        result = np.zeros(len(wanted), np.int64)
-        for number, part in self._by_shard(in_order):
-            shard = self._shard(number)
-            local = in_order[part] - shard.entry.first_record
-            if array == "lengths":
-                result[order[part]] = shard.index["offsets"][local + 1] - shard.index["offsets"][local]
-            else:
-                result[order[part]] = shard.index[array][local]
-        return result
-
-    def _read_sorted(self, number: int, shard: "_Shard", local: NDArray[np.int64]) -> list[bytes]:
-        """Read records of one shard, given as sorted distinct positions in it, run by run."""
-        starts, ends = shard.index["offsets"][local], shard.index["offsets"][local + 1]
-        blobs: list[bytes] = []
-        first = 0
-        while first < len(local):
-            last = first  # the run is first..last: beside each other, and short enough for one read
-            while (
-                last + 1 < len(local)
-                and local[last + 1] == local[last] + 1
-                and ends[last + 1] - starts[first] <= _MAX_READ_BYTES
-            ):
-                last += 1
-            begin, end = int(starts[first]), int(ends[last])
-            content = self._pread(number, end - begin, shard.entry.data_offset + begin)
-            if first == last:
-                blobs.append(content)
-            else:
-                cuts = [0, *(ends[first : last + 1] - begin).tolist()]
-                blobs += [content[a:b] for a, b in pairwise(cuts)]
-            first = last + 1
-        return blobs
+        return self._index.lookup(array, *self._located(records))
 
     def _path(self, number: int) -> Path:
         """The shard's file in the first directory that has it; in the last directory if none has."""
         candidates = [directory / self.manifest.shards[number].file for directory in self._directories]
         return next((path for path in candidates[:-1] if path.exists()), candidates[-1])
-
-    def _shard(self, number: int) -> "_Shard":
-        shard = self._shards.get(number)
-        if shard is None:
-            loaded = self._with_file(
-                number,
-                lambda file: _load_index(
-                    file, self.manifest.shards[number], self.num_classes, self.manifest.image_shape
-                ),
-            )
-            with self._lock:
-                shard = self._shards.setdefault(number, loaded)
-        return shard
 
     def _pread(self, number: int, num_bytes: int, offset: int) -> bytes:
         return self._with_file(number, lambda file: file.pread(num_bytes, offset))
@@ -310,14 +269,6 @@ class ShardReader:
         return file
 
 
-class _Shard:
-    """A shard's manifest entry and its checked index arrays."""
-
-    def __init__(self, entry: ShardEntry, index: dict[str, NDArray[Any]]) -> None:
-        self.entry = entry
-        self.index = index
-
-
 class _OpenFile:
     """A shard file of the right size. Closes itself when nobody refers to it any more."""
 
@@ -357,40 +308,41 @@ class _OpenFile:
             os.posix_fadvise(self._descriptor, begin, offset - begin, os.POSIX_FADV_DONTNEED)
 
     def pread(self, num_bytes: int, offset: int) -> bytes:
-        """Read exactly `num_bytes` at `offset`, however many system calls that takes."""
-        begin, wanted = offset, num_bytes
-        parts = []
-        while num_bytes > 0:
-            try:
-                part = os.pread(self._descriptor, num_bytes, offset)
-            except OSError as error:
-                error.offset = offset  # type: ignore[attr-defined]
-                raise
-            if not part:
-                raise DataError(f"shard {self.path} ends at byte {offset}, before its data do; copy it again")
-            parts.append(part)
-            num_bytes -= len(part)
-            offset += len(part)
-        if self._drop_cache:
-            os.posix_fadvise(self._descriptor, begin, wanted, os.POSIX_FADV_DONTNEED)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        """Read exactly `num_bytes` at `offset`."""
+        content = bytearray(num_bytes)
+        self.pread_into([memoryview(content)], offset)
+        return bytes(content)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
 
-def _aligned(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def parts(packed: NDArray[np.uint8], offsets: NDArray[np.int64]) -> list[memoryview]:
+    """Return the records that lie one after the other in `packed`, without copying them."""
+    view = packed.data
+    return [view[begin:end] for begin, end in pairwise(offsets.tolist())]
+
+
+def pack(records: Sequence[Buffer]) -> Packed:
+    """Return the bytes of `records` one after the other."""
+    offsets = np.cumsum([0, *map(len, records)], dtype=np.int64)
+    packed = _aligned(int(offsets[-1]))
+    for place, record in zip(parts(packed, offsets), records, strict=True):
+        place[:] = record
+    return packed, offsets
+
+
+def _aligned(num_bytes: int) -> NDArray[np.uint8]:
     """Return an array that begins where TensorFlow wants it to: it then takes the array over, and copies others."""
-    num_bytes = math.prod(shape)
     buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     first = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[first : first + num_bytes].reshape(shape)
+    return buffer[first : first + num_bytes]
 
 
 def _load_index(
     file: _OpenFile, entry: ShardEntry, num_classes: int, image_shape: tuple[int, int, int] | None
-) -> _Shard:
+) -> dict[str, NDArray[Any]]:
     """Read and check the index arrays of a shard. Their sizes fit into the file: the manifest was checked for that."""
     layout = array_layout(entry.num_records, entry.num_bytes, entry.name_bytes)
     index: dict[str, NDArray[Any]] = {}
@@ -406,4 +358,4 @@ def _load_index(
     problem = index_problem(index, entry.num_bytes, num_classes, image_shape)
     if problem:
         raise DataError(f"shard {file.path} has a wrong index: {problem}; prepare the data again")
-    return _Shard(entry, index)
+    return index

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from hpctrain.data.augment import Boxes
 from hpctrain.data.decode import PADDING_GRAY, PADDING_SIZE, padding_jpeg
 from hpctrain.data.heap import keep_freed_memory
-from hpctrain.data.reader import ShardReader
+from hpctrain.data.reader import Buffer, ShardReader, pack, parts
 from hpctrain.data.shard import DataError
 
 PADDING = -1  # record number and label of what fills up a batch and counts for nothing
@@ -42,7 +43,7 @@ class RecordSource:
     def batches(self, first_batch: int, micro_batch: int) -> Iterator[tuple[Any, ...]]:
         """Yield (images, labels int32[k], boxes int32[k, 4], flips bool[k]) of each batch from `first_batch` on.
 
-        `images` are the bytes of k JPEG files, or uint8[k, height, width, 3] where they are raw.
+        `images` are k JPEG files as a ShardReader packs them, or uint8[k, height, width, 3] where they are raw.
         """
         keep_freed_memory()
         readers = ThreadPoolExecutor(self.read_ahead_batches, "read")
@@ -81,32 +82,26 @@ class RecordSource:
     def _read(self, records: NDArray[np.int64], real: NDArray[np.int64]) -> tuple[Any, NDArray[np.bool_]]:
         """Return the images of a batch, with padding where a record is not real or not good, and which are good."""
         wanted, verify = records[real], self.on_bad_record == "error"
-        found: Any
-        blobs: Any
-        if self.reader.encoding == "raw":
-            found = self.reader.read_pixels(wanted, verify)
-            blobs = list(found.reshape(len(wanted), math.prod(self.reader.image_shape)))
-        else:
-            found = np.empty(len(wanted), object)
-            found[:] = blobs = self.reader.read(wanted, verify)
+        packed, offsets = self.reader.read_packed(wanted, verify)
         good = np.ones(len(wanted), np.bool_)
         if not verify:
-            good = self.reader.checksums_ok(wanted, blobs)
+            good = self.reader.checksums_ok(wanted, parts(packed, offsets))
             if self._undecodable:
                 good &= ~np.isin(wanted, list(self._undecodable))
             self.bad_records.update(wanted[~good].tolist())
-        if len(wanted) == len(records) and good.all():
-            return found, good
-        images = self._padding(len(records))
-        images[real[good]] = found[good]
-        return images, good
-
-    def _padding(self, count: int) -> Any:
+        if len(wanted) < len(records) or not good.all():
+            images: list[Buffer] = [self._padding()] * len(records)
+            for place, image in zip(real[good].tolist(), compress(parts(packed, offsets), good), strict=True):
+                images[place] = image
+            packed, offsets = pack(images)
         if self.reader.encoding == "raw":
-            return np.full((count, *self.reader.image_shape), PADDING_GRAY, np.uint8)
-        images = np.empty(count, object)
-        images.fill(padding_jpeg())  # np.full would cut off zeros at the end of bytes
-        return images
+            return packed.reshape(len(records), *self.reader.image_shape), good
+        return (packed, offsets), good
+
+    def _padding(self) -> bytes:
+        if self.reader.encoding == "raw":
+            return bytes([PADDING_GRAY]) * math.prod(self.reader.image_shape)
+        return padding_jpeg()
 
     def skip_or_raise(self, error: Exception) -> None:
         """Raise for an error that came out of the dataset, in our words, or note which record to skip from now on."""

@@ -28,10 +28,10 @@ def missing() -> list[str]:
 def crop_resize() -> Any:
     """Return the module with `hpctrain_crop_resize` and `hpctrain_decode_crop_resize`, or None.
 
-    Both are operations (images, boxes int32[k, 4], flips bool[k]) -> float32[k, size, size, 3]. Images are, for the
-    first, a list of uint8[h, w, 3], or of uint8[n, h, w, 3] with n images each, k in all; for the second string[k],
-    JPEG files. Attributes are `size`, and `scale` and `shift`, three numbers each: a pixel becomes
-    pixel * scale + shift.
+    Both are operations (*images, boxes int32[k, 4], flips bool[k]) -> float32[k, size, size, 3]. Images are, for the
+    first, a list of uint8[h, w, 3], or of uint8[n, h, w, 3] with n images each, k in all; for the second two tensors,
+    bytes uint8[n] and offsets int64[k + 1]: the i-th JPEG file is bytes[offsets[i]:offsets[i + 1]]. Attributes are
+    `size`, and `scale` and `shift`, three numbers each: a pixel becomes pixel * scale + shift.
     """
     return _load("crop_resize")
 

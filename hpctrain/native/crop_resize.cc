@@ -257,13 +257,18 @@ class DecodeCropResize : public ToBatch {
   using ToBatch::ToBatch;
 
   void Compute(tf::OpKernelContext* context) override {
-    const auto files = context->input(0).flat<tf::tstring>();
+    const auto bytes = context->input(0).flat<uint8_t>();
+    const auto offsets = context->input(1).flat<int64_t>();
+    const int64_t count = offsets.size() - 1;
+    OP_REQUIRES(context, count >= 0 && offsets(0) == 0 && offsets(count) == bytes.size() && Rise(offsets),
+                absl::InvalidArgumentError("offsets are to rise from 0 to the number of bytes"));
     float* out;
-    OP_REQUIRES_OK(context, Start(context, files.size(), &out));
+    OP_REQUIRES_OK(context, Start(context, count, &out));
     std::vector<uint8_t> pixels;
     std::vector<float> row;
-    for (int64_t i = 0; i < files.size(); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const int32_t* box = Box(context, i);
+      const int64_t file_bytes = offsets(i + 1) - offsets(i);
       tf::jpeg::UncompressFlags flags;
       flags.components = kChannels;
       flags.dct_method = JDCT_IFAST;
@@ -279,11 +284,10 @@ class DecodeCropResize : public ToBatch {
         return pixels.data();
       };
       // The decoder counts in int, and does not expect sums that are more.
-      const bool fits = files(i).size() <= static_cast<size_t>(std::numeric_limits<int>::max()) && box[0] >= 0 &&
-                        box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[0] <= kLongestSide - box[2] &&
-                        box[1] <= kLongestSide - box[3];
+      const bool fits = file_bytes <= std::numeric_limits<int>::max() && box[0] >= 0 && box[1] >= 0 && box[2] > 0 &&
+                        box[3] > 0 && box[0] <= kLongestSide - box[2] && box[1] <= kLongestSide - box[3];
       const uint8_t* decoded =
-          fits ? tf::jpeg::Uncompress(files(i).data(), static_cast<int>(files(i).size()), flags, nullptr, allocate)
+          fits ? tf::jpeg::Uncompress(bytes.data() + offsets(i), static_cast<int>(file_bytes), flags, nullptr, allocate)
                : nullptr;
       OP_REQUIRES(context, decoded != nullptr,
                   absl::InvalidArgumentError(absl::StrCat("image ", i, " of the batch is not a JPEG that can be decoded, ",
@@ -291,6 +295,11 @@ class DecodeCropResize : public ToBatch {
       const int32_t whole[] = {0, 0, box[2], box[3]};
       CropResize(target_, {decoded, box[2], box[3]}, whole, IsFlipped(context, i), &row, out + i * target_.floats());
     }
+  }
+
+ private:
+  static bool Rise(const tf::TTypes<int64_t>::ConstFlat& offsets) {
+    return std::is_sorted(offsets.data(), offsets.data() + offsets.size());
   }
 };
 
@@ -316,7 +325,8 @@ REGISTER_OP("HpctrainCropResize")
     .SetShapeFn(ShapeOfBatch);
 
 REGISTER_OP("HpctrainDecodeCropResize")
-    .Input("files: string")
+    .Input("bytes: uint8")
+    .Input("offsets: int64")
     .Input("boxes: int32")
     .Input("flips: bool")
     .Output("batch: float")

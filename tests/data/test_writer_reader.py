@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from hpctrain.data import ShardReader, ShardWriter
 from hpctrain.data.manifest import Manifest
+from hpctrain.data.reader import pack
 from hpctrain.data.shard import DataError, shard_bounds
 from hpctrain.errors import UserError
 
@@ -102,13 +103,29 @@ def test_from_a_manifest_in_the_first_directory_that_has_the_shard(make_dataset,
     assert str(staged) in reader.describe(7) and "dir/image7.jpg" in reader.describe(7)
 
 
+def test_packed_records_lie_one_after_the_other(make_dataset) -> None:
+    folder, blobs, _ = make_dataset(records=20, shards=3)
+    wanted = [4, 19, 5, 5, 0, 6]
+    packed, offsets = ShardReader(folder).read_packed(wanted)
+    assert packed.dtype == np.uint8 and offsets.dtype == np.int64
+    assert packed.tobytes() == b"".join(blobs[i] for i in wanted)
+    assert offsets.tolist() == np.cumsum([0, *(len(blobs[i]) for i in wanted)]).tolist()
+    again, same = pack([blobs[i] for i in wanted])
+    assert np.array_equal(again, packed) and np.array_equal(same, offsets)
+
+
 def test_consecutive_records_take_one_read(make_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, blobs, _ = make_dataset(records=40, shards=2)
     reader = ShardReader(folder)
     reader.labels(np.arange(40))
     sizes = []
-    real = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: sizes.append(size) or real(fd, size, offset))
+    real = os.preadv
+
+    def noted(fd: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(sum(map(len, buffers)))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
     mixed = np.array([7, 5, 6, 8, 30, 31])
     assert reader.read(mixed) == [blobs[i] for i in mixed]
     assert sizes == [sum(map(len, blobs[5:9])), sum(map(len, blobs[30:32]))]
@@ -142,21 +159,21 @@ def test_many_threads_few_open_files(make_dataset) -> None:
 def test_short_reads_and_passing_errors(make_dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, blobs, _ = make_dataset()
     monkeypatch.setattr("hpctrain.data.reader._FIRST_WAIT_SECONDS", 0.0)
-    real, calls = os.pread, [0]
+    real, calls = os.preadv, [0]
 
-    def unreliable(fd: int, size: int, offset: int) -> bytes:
+    def unreliable(fd: int, buffers: list[memoryview], offset: int) -> int:
         calls[0] += 1
         if calls[0] % 8 == 3:
             raise OSError(errno.EIO, "Input/output error")
-        return real(fd, min(size, 1000), offset)
+        return real(fd, [buffers[0][:1000]], offset)
 
-    monkeypatch.setattr(os, "pread", unreliable)
+    monkeypatch.setattr(os, "preadv", unreliable)
     assert ShardReader(folder).read([3, 4, 17]) == [blobs[3], blobs[4], blobs[17]]
 
-    def broken(fd: int, size: int, offset: int) -> bytes:
+    def broken(fd: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "pread", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(
         DataError, match=r"cannot read shard .*00003.*at byte \d+: Input/output error \(errno 5, 3 tries"
     ):

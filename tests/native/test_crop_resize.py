@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpctrain.data.reader import pack
 from hpctrain.native import crop_resize
 from tests.conftest import image_bytes
 
@@ -28,9 +29,8 @@ def run(image: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
 
 
 def run_files(files: list[bytes], boxes: list[list[int]], flips: list[bool], size: int) -> np.ndarray:
-    return np.asarray(
-        operations().hpctrain_decode_crop_resize(files, boxes, flips, size=size, scale=SCALE, shift=SHIFT)
-    )
+    decode = operations().hpctrain_decode_crop_resize
+    return np.asarray(decode(*pack(files), boxes, flips, size=size, scale=SCALE, shift=SHIFT))
 
 
 def expected(image: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
@@ -115,3 +115,12 @@ def test_a_file_that_cannot_be_decoded_is_an_error(change: Callable[[bytes], byt
 def test_too_few_boxes_are_an_error() -> None:
     with pytest.raises(tf.errors.InvalidArgumentError, match="a box"):
         run_files([image_bytes(0, 20, 20)] * 2, [[0, 0, 4, 4]], [False], 8)
+
+
+@pytest.mark.parametrize("offsets", [[], [0], [1, 9], [0, 8], [0, 10], [0, 5, 3, 9], [0, -1, 9], [0, 2**62, 9]])
+def test_offsets_that_do_not_cut_the_bytes_into_files_are_an_error(offsets: list[int]) -> None:
+    boxes, flips = np.zeros((len(offsets) - 1 if offsets else 0, 4), np.int32), [False] * (len(offsets) - 1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="offsets"):
+        operations().hpctrain_decode_crop_resize(
+            np.zeros(9, np.uint8), np.array(offsets, np.int64), boxes, flips, size=8, scale=SCALE, shift=SHIFT
+        )
