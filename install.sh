@@ -478,7 +478,7 @@ if [[ $(stamped wheels) != "$wheel_dir" ]]; then
   run "installing Horovod" pip install --force-reinstall --no-deps "$wheel_dir"/*.whl
 fi
 run "installing what Horovod needs" pip install "$wheel_dir"/*.whl
-run "compiling the operations for images and batch normalization" \
+run "compiling the operations" \
   env -C "$work" CXX="$compiler" "$prefix/bin/python" -m hpctrain.native.build
 
 # ---------------------------------------------------------------- 5: does it work?

@@ -12,7 +12,7 @@ from typing import Any
 from hpctrain.errors import UserError
 
 FOLDER = Path(__file__).parent
-OPERATIONS = ("batch_norm", "crop_resize", "kernel_grad", "winograd")  # each a .cc file of this folder
+OPERATIONS = ("batch_norm", "crop_resize", "kernel_grad", "momentum", "winograd")  # each a .cc file of this folder
 
 
 def compiled_file(operation: str) -> Path:
@@ -62,6 +62,17 @@ def kernel_grad() -> Any:
     """
     loaded = _load_if_it_works("kernel_grad")
     return loaded and loaded.hpctrain_kernel_grad
+
+
+def momentum() -> Any:
+    """Return the operation (variable, buffer, gradient, factor, rate) for float32 variables, by their handles, or None.
+
+    It sets step = factor * (gradient + decay * variable), buffer = momentum * buffer + step, and then
+    variable -= rate * buffer, or rate * (momentum * buffer + step) with `nesterov`. `momentum`, `decay` and `nesterov`
+    are attributes, factor and rate scalars.
+    """
+    loaded = _load("momentum")
+    return loaded and loaded.hpctrain_momentum
 
 
 def _load_if_it_works(operation: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from hpctrain import native
 from hpctrain.errors import UserError, nearest
 from hpctrain.optim import exclusion
 from hpctrain.optim.exclusion import RANK_RULE, Exclusion
@@ -130,43 +131,33 @@ class SGD(keras.optimizers.Optimizer):
         return [(update, learning_rate if self._rate_inside else None) for update in updates]
 
     def _apply_update(self, update: Update, factor: Any, learning_rate: Any) -> None:
-        """Change one variable and its buffer by TensorFlow's fused momentum kernels.
+        """Change one variable and its buffer in place. `factor` is a scalar tensor or None for 1.
 
-        With the rate inside, the buffer holds -v, as in Keras' SGD: that is the kernel's convention.
-        `factor` is a scalar tensor or None for 1.
+        With the rate inside, the buffer holds -v, as in Keras' SGD.
         """
         variable, buffer, weight, gradient, decay, _ = update
         dtype = weight.dtype
-        factor = None if factor is None else tf.cast(factor, dtype)
-        if decay:
-            # v = m * v + f * (g + wd * w) = m * (v + (f * wd / m) * w) + f * g: decaying the buffer in place costs
-            # a pass less over memory than g + wd * w and needs no temporary. The kernel's Nesterov step needs the
-            # whole gradient at once, 16-bit buffers would lose the small product, and 1 / m must not overflow.
-            if self.momentum >= 0.01 and not self.nesterov and dtype in (tf.float32, tf.float64):
-                share = tf.constant(decay / self.momentum if self._rate_inside else -decay / self.momentum, dtype)
-                alpha = share if factor is None else share * factor
-                tf.raw_ops.ResourceApplyGradientDescent(var=buffer.handle, alpha=alpha, delta=weight)
-            else:
-                gradient = with_decay(gradient, weight, decay)
-        momentum = tf.constant(self.momentum, dtype)
+        factor = tf.ones((), dtype) if factor is None else tf.cast(factor, dtype)
+        learning_rate = tf.cast(learning_rate, dtype)
+        if dtype == tf.float32 and not _is_for_xla() and (fused := native.momentum()):
+            fused(
+                variable.handle,
+                buffer.handle,
+                gradient,
+                factor=-factor if self._rate_inside else factor,
+                rate=-tf.ones(()) if self._rate_inside else learning_rate,
+                momentum=self.momentum,
+                decay=decay,
+                nesterov=self.nesterov,
+            )
+            return
+        gradient = with_decay(gradient, weight, decay) if decay else gradient
+        settings = {"momentum": tf.constant(self.momentum, dtype), "use_nesterov": self.nesterov}
+        handles = {"var": variable.handle, "accum": buffer.handle}
         if self._rate_inside:
-            tf.raw_ops.ResourceApplyKerasMomentum(
-                var=variable.handle,
-                accum=buffer.handle,
-                lr=factor,
-                grad=gradient,
-                momentum=momentum,
-                use_nesterov=self.nesterov,
-            )
+            tf.raw_ops.ResourceApplyKerasMomentum(**handles, lr=factor, grad=gradient, **settings)
         else:
-            tf.raw_ops.ResourceApplyMomentum(
-                var=variable.handle,
-                accum=buffer.handle,
-                lr=tf.cast(learning_rate, dtype),
-                grad=gradient if factor is None else factor * gradient,
-                momentum=momentum,
-                use_nesterov=self.nesterov,
-            )
+            tf.raw_ops.ResourceApplyMomentum(**handles, lr=learning_rate, grad=factor * gradient, **settings)
 
     def get_config(self) -> dict[str, Any]:
         """Return what the constructor needs to make the optimizer again, as JSON can hold it."""
@@ -185,6 +176,13 @@ class SGD(keras.optimizers.Optimizer):
         """Return the optimizer that `get_config` described."""
         rules = {key: exclusion.from_config(config[key]) for key in config if key.startswith("exclude_from_")}
         return super().from_config({**config, **rules}, custom_objects=custom_objects)
+
+
+def _is_for_xla() -> bool:
+    """Return whether what is traced now will be compiled by XLA, which knows TensorFlow's operations only."""
+    from tensorflow.python.ops import control_flow_util  # there is no public way to ask
+
+    return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
 def with_decay(gradient: Any, weight: Any, decay: float) -> Any:

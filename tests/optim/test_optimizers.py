@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpctrain import native
 from hpctrain.errors import UserError
 from tests.optim import lars_references
 
@@ -143,8 +144,13 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("operation", ["own", "TensorFlow's"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_agrees_with_the_formula_after_100_steps(variant):
+def test_agrees_with_the_formula_after_100_steps(variant, operation, monkeypatch):
+    if operation == "own":
+        assert native.momentum() is not None, "run `python -m hpctrain.native.build`"
+    else:
+        monkeypatch.setattr(native, "momentum", lambda: None)
     make, reference, options = VARIANTS[variant]
     weights, gradients, rates = problem()
     if "sgd" in variant or variant == "lars_without_trust":

@@ -1,0 +1,119 @@
+// TensorFlow operation HpctrainMomentum: momentum SGD with weight decay in the gradient, in one pass over memory.
+//
+// `optim/sgd.py` says what it computes. TensorFlow's operations take two passes for it, or a temporary gradient: an
+// update does next to no arithmetic, so its time is that of reading and writing.
+//
+// Results are the same on every CPU and for any number of threads: no fused multiply-add (-ffp-contract=off), and each
+// number is computed by the same operations in the same order.
+
+#include <cstdint>
+#include <functional>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/work_sharder.h"
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+
+namespace {
+
+namespace tf = tensorflow;
+
+struct Rule {
+  float factor, rate, momentum, decay;
+  bool nesterov;
+};
+
+FOR_EACH_CPU void Update(const Rule rule, const float* __restrict__ gradient, float* __restrict__ weight,
+                         float* __restrict__ buffer, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    const float term = rule.factor * (gradient[i] + rule.decay * weight[i]);
+    const float moved = rule.momentum * buffer[i] + term;
+    const float step = rule.nesterov ? rule.momentum * moved + term : moved;
+    buffer[i] = moved;
+    weight[i] -= rule.rate * step;
+  }
+}
+
+class Momentum : public tf::OpKernel {
+ public:
+  explicit Momentum(tf::OpKernelConstruction* context) : tf::OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("momentum", &rule_.momentum));
+    OP_REQUIRES_OK(context, context->GetAttr("decay", &rule_.decay));
+    OP_REQUIRES_OK(context, context->GetAttr("nesterov", &rule_.nesterov));
+  }
+
+  void Compute(tf::OpKernelContext* context) override {
+    tf::core::RefCountPtr<tf::Var> variable, buffer;
+    OP_REQUIRES_OK(context, tf::LookupResource(context, tf::HandleFromInput(context, 0), &variable));
+    OP_REQUIRES_OK(context, tf::LookupResource(context, tf::HandleFromInput(context, 1), &buffer));
+    OP_REQUIRES(context, variable.get() != buffer.get(),
+                absl::InvalidArgumentError("the variable is to have a buffer of its own"));
+    const tf::Tensor& gradient = context->input(2);
+    Rule rule = rule_;
+    OP_REQUIRES(context, context->input(3).NumElements() == 1 && context->input(4).NumElements() == 1,
+                absl::InvalidArgumentError("factor and rate are to be one number each"));
+    rule.factor = context->input(3).flat<float>()(0);
+    rule.rate = context->input(4).flat<float>()(0);
+
+    // In the order of their addresses, as all operations that take several: no two then wait for each other.
+    const bool variable_first = std::less<>()(variable->mu(), buffer->mu());
+    const tf::mutex_lock first(*(variable_first ? variable : buffer)->mu());
+    const tf::mutex_lock second(*(variable_first ? buffer : variable)->mu());
+    for (tf::Var* one : {variable.get(), buffer.get()}) {
+      OP_REQUIRES(context, one->tensor()->IsInitialized() && one->tensor()->dtype() == tf::DT_FLOAT,
+                  absl::FailedPreconditionError("variable and buffer are to hold float32 numbers"));
+      OP_REQUIRES(context, one->tensor()->shape() == gradient.shape(),
+                  absl::InvalidArgumentError(absl::StrCat("the gradient is ", gradient.shape().DebugString(), ", but its ",
+                                                          one == buffer.get() ? "buffer " : "variable ",
+                                                          one->tensor()->shape().DebugString())));
+      OP_REQUIRES_OK(context, MakeOwn(context, one->tensor()));
+    }
+    const float* from = gradient.flat<float>().data();
+    float* weights = variable->tensor()->flat<float>().data();
+    float* moved = buffer->tensor()->flat<float>().data();
+    const auto& threads = *context->device()->tensorflow_cpu_worker_threads();
+    tf::Shard(threads.num_threads, threads.workers, gradient.NumElements(), kCycles, [&](int64_t begin, int64_t end) {
+      Update(rule, from + begin, weights + begin, moved + begin, end - begin);
+    });
+  }
+
+ private:
+  // Copies what a reader of the variable still holds, so that it keeps what it has read.
+  static absl::Status MakeOwn(tf::OpKernelContext* context, tf::Tensor* held) {
+    if (held->RefCountIsOne()) return absl::OkStatus();
+    tf::Tensor copy;
+    TF_RETURN_IF_ERROR(context->allocate_temp(tf::DT_FLOAT, held->shape(), &copy));
+    copy.flat<float>() = held->flat<float>();
+    *held = copy;
+    return absl::OkStatus();
+  }
+
+  static constexpr int64_t kCycles = 5;  // a number takes: five times four bytes are read or written
+  Rule rule_;
+};
+
+REGISTER_OP("HpctrainMomentum")
+    .Input("variable: resource")
+    .Input("buffer: resource")
+    .Input("gradient: float")
+    .Input("factor: float")
+    .Input("rate: float")
+    .Attr("momentum: float")
+    .Attr("decay: float")
+    .Attr("nesterov: bool")
+    .SetIsStateful()
+    .SetShapeFn(tf::shape_inference::NoOutputs);
+
+REGISTER_KERNEL_BUILDER(Name("HpctrainMomentum").Device(tf::DEVICE_CPU), Momentum);
+
+}  // namespace
