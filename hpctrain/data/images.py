@@ -192,7 +192,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     _load(image)
     if image.mode.startswith("I"):  # 16 bits of gray, which Pillow's own conversion would clip
         return Image.fromarray((np.asarray(image, np.int32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _scaled_size(width: int, height: int, shorter: int) -> tuple[int, int]:
