@@ -18,7 +18,7 @@ from benchmarks.peers.work import parse_work, print_line
 
 # The first that fits, by the operation's type. What runs beside the others (Horovod's) is not part of their sum.
 KINDS = {
-    "convolutions": r"Conv2D|Winograd",
+    "convolutions": r"Conv2D|Winograd|KernelGrad",  # in bfloat16 with the kernels of dense layers
     "matrix products": r"MatMul",
     "batch norm": r"BatchNorm",
     "pooling": r"Pool",
