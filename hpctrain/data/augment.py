@@ -40,7 +40,7 @@ def training_boxes(
     """
     if kind == "none":
         return central_boxes(heights, widths, crop_fraction), np.zeros(len(records), np.bool_)
-    # The n-th random number of each (seed, epoch, record), [n, record]: in one call, which costs more than numbers.
+    # The n-th random number of each (seed, epoch, record), [n, record]. All at once: calls cost more than numbers do.
     numbers = np.arange(_SIZE_DRAWS + (2 * _ATTEMPTS if kind == "heavy" else 0))
     draws = uniform(seed, epochs, records, numbers[:, np.newaxis])
     flips = draws[0] < 0.5 if flip else np.zeros(len(records), np.bool_)

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from hpctrain.data.reader import parts
 from hpctrain.native import crop_resize
 
 MEAN_RGB = (123.675, 116.28, 103.53)  # of ImageNet, in 0..255, as most published ResNet results use
@@ -53,9 +53,11 @@ def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[
 
 
 def _strings(packed: Any, offsets: Any) -> Any:
+    """Return the JPEG files as string[k]: TensorFlow's decoder takes no others."""
+
     def cut(packed: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.object_]:
         strings = np.empty(len(offsets) - 1, object)
-        strings[:] = [packed[begin:end].tobytes() for begin, end in pairwise(offsets.tolist())]
+        strings[:] = [bytes(part) for part in parts(packed, offsets)]
         return strings
 
     return tf.numpy_function(cut, [packed, offsets], tf.string)

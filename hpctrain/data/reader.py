@@ -142,11 +142,6 @@ class ShardReader:
             self._raise_if_damaged(wanted, blobs)
         return packed, offsets
 
-    def read_pixels(self, records: ArrayLike, verify: bool | None = None) -> NDArray[np.uint8]:
-        """Return the given records of a raw data set as uint8[n, height, width, channels]; otherwise as `read`."""
-        packed, offsets = self.read_packed(records, verify)
-        return packed.reshape(len(offsets) - 1, *self.image_shape)
-
     def labels(self, records: ArrayLike) -> NDArray[np.int32]:
         """Return the class numbers of the given records, int32[n]."""
         return self._gather(records, "labels").astype(np.int32, copy=False)

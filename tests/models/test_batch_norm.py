@@ -1,9 +1,6 @@
 """The operation for batch normalization, residual and ReLU against float64, TensorFlow's operations, and itself."""
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +13,7 @@ from hpctrain import native
 from hpctrain.models import batch_norm as module
 from hpctrain.models.batch_norm import batch_norm
 from hpctrain.models.registry import build
+from tests.threads import digests
 
 EPSILON = 1e-3
 SHAPES = [(1, 1), (7, 1), (7, 3), (1, 17), (4099, 17), (3, 5, 5, 64), (50, 2048), (40, 31, 33, 3)]
@@ -263,15 +261,6 @@ def test_shapes_are_known_before_it_runs() -> None:
     graph.get_concrete_function()
 
 
-_DIGEST = """
-import sys
-import tensorflow as tf
-tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
-from tests.models.test_batch_norm import digest
-print(digest())
-"""
-
-
 def digest() -> str:
     """A digest of all results for shapes of several chunks."""
     everything = hashlib.sha256()
@@ -284,14 +273,7 @@ def digest() -> str:
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")}
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", _DIGEST, str(threads)], env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()[-1]
-        for threads in (1, 2, 4)
-    }
-    assert len(digests) == 1
+    assert len(digests("from tests.models.test_batch_norm import digest; print(digest())", 1, 2, 4)) == 1
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50", "alexnet_bn"])

@@ -1,9 +1,6 @@
 """Winograd's convolution against float64 and TensorFlow's, and where it is used and where not."""
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +14,7 @@ from hpctrain.models import convolution as module
 from hpctrain.models.convolution import convolve
 from hpctrain.models.layers import FastConv2D
 from hpctrain.models.registry import build
+from tests.threads import digests
 
 # (images, height, width, input channels, output channels): whole tiles of 4 and cut ones, panels of 32 and half ones,
 # blocks of 64 channels and cut ones, more tiles than a chunk has.
@@ -162,15 +160,6 @@ def test_shapes_are_known_before_it_runs() -> None:
     graph.get_concrete_function()
 
 
-_DIGEST = """
-import sys
-import tensorflow as tf
-tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
-from tests.models.test_convolution import digest
-print(digest())
-"""
-
-
 def digest() -> str:
     """A digest of all results for shapes of many pieces."""
     everything = hashlib.sha256()
@@ -182,14 +171,7 @@ def digest() -> str:
 
 @needs_avx512
 def test_the_number_of_threads_does_not_matter() -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")}
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", _DIGEST, str(threads)], env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()[-1]
-        for threads in (1, 2, 5)
-    }
-    assert len(digests) == 1
+    assert len(digests("from tests.models.test_convolution import digest; print(digest())", 1, 2, 5)) == 1
 
 
 def operations_of(call: Callable[..., Any], *shapes: tuple[int, ...], dtype: str = "float32") -> set[str]:

@@ -1,9 +1,6 @@
 """The gradient of kernels by tiles of AMX against float64, and where it is used."""
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +12,7 @@ import tensorflow as tf
 from hpctrain import native
 from hpctrain.models.convolution import convolve
 from hpctrain.models.layers import FastConv2D, FastDense, GroupedConv2D
+from tests.threads import digests
 
 pytestmark = pytest.mark.skipif(native.kernel_grad() is None, reason="this gradient is for CPUs with AMX")
 
@@ -116,24 +114,8 @@ def digest() -> str:
     return everything.hexdigest()
 
 
-_DIGEST = """
-import sys
-import tensorflow as tf
-tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
-from tests.models.test_kernel_grad import digest
-print(digest())
-"""
-
-
 def test_the_number_of_threads_does_not_matter() -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")}
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", _DIGEST, str(threads)], env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()[-1]
-        for threads in (1, 2, 5)
-    }
-    assert len(digests) == 1
+    assert len(digests("from tests.models.test_kernel_grad import digest; print(digest())", 1, 2, 5)) == 1
 
 
 def layer(kind: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -1,8 +1,5 @@
 """The compiled update: the formula, in place unless someone holds the variable, the same for any number of threads."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.native import momentum
+from tests.threads import digests
 
 tf = pytest.importorskip("tensorflow")
 
@@ -95,9 +93,8 @@ def test_other_arguments_are_an_error() -> None:
 
 
 _DIGEST = """
-import hashlib, sys
-import numpy as np, tensorflow as tf
-tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+import hashlib
+import numpy as np
 from hpctrain.native import momentum
 random = np.random.default_rng(0)
 w, v, g = (random.standard_normal(1_000_003).astype(np.float32) for _ in range(3))
@@ -108,11 +105,4 @@ print(hashlib.sha256(variable.numpy().tobytes() + buffer.numpy().tobytes()).hexd
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS")}
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", _DIGEST, str(threads)], env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()[-1]
-        for threads in (1, 2, 5)
-    }
-    assert len(digests) == 1
+    assert len(digests(_DIGEST, 1, 2, 5)) == 1
