@@ -80,13 +80,15 @@ class EmulatedHosts:
     """`with EmulatedHosts(4, rate_mbit=1000, directory=DIR) as hosts:` has four hosts, node0 to node3.
 
     `rate_mbit` limits what a host sends and, apart, what it receives, in Mbit/s (10^6 bits, with TCP's and Ethernet's
-    headers); None is no limit. `directory` is for a few small files and the hosts' TMPDIRs. To be used from the thread
-    that goes on longest: the kernel ends the hosts with it.
+    headers); None is no limit. `burst` is what goes out at once after a pause, in tc's words. `directory` is for a few
+    small files and the hosts' TMPDIRs. To be used from the thread that goes on longest: the kernel ends the hosts with
+    it.
     """
 
-    def __init__(self, count: int, rate_mbit: float | None = None, *, directory: Path) -> None:
+    def __init__(self, count: int, rate_mbit: float | None = None, *, directory: Path, burst: str = BURST) -> None:
         self.names = [f"node{i}" for i in range(count)]
         self.rate_mbit = rate_mbit
+        self.burst = burst
         self.folder = directory.absolute()
         self._head: subprocess.Popen[str] | None = None
         self._hosts: dict[int, subprocess.Popen[str]] = {}
@@ -184,7 +186,7 @@ class EmulatedHosts:
                 # Without one of its own, the device gets the kernel's default, which is no limit.
                 _command(*tc, "replace", "dev", device, "root", "pfifo", "limit", "1000")
             else:
-                limit = ["tbf", "rate", f"{rate_mbit * 1e6:.0f}bit", "burst", BURST, "limit", QUEUE]
+                limit = ["tbf", "rate", f"{rate_mbit * 1e6:.0f}bit", "burst", self.burst, "limit", QUEUE]
                 _command(*tc, "replace", "dev", device, "root", *limit)
 
     def cut_link(self, host: int) -> None:

@@ -2,7 +2,8 @@
 
 Each repeat is a loop of as many calls as fill some milliseconds, after a barrier; a repeat's time is the slowest rank's
 mean over its calls (as OSU's osu_allreduce does), a size's time the median over repeats. For Horovod the loop is inside
-of a graph, as a train step is a graph with many reductions, each of which takes over the memory of its summand.
+of a graph, which takes the time itself: a train step is a graph with many reductions, each of which takes over the
+memory of its summand, and that memory is there before.
 """
 
 import re
@@ -19,12 +20,14 @@ from hpctrain.errors import UserError
 from hpctrain.parallel.world import World
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_WARM_UP_CALLS = 3
+_WARM_UP_CALLS, _WARM_UP_SECONDS = 3, 1.0  # whichever is done first, but one call at least
 _REPEAT_SECONDS = 0.005
 _MOST_CALLS = 200
-_MOST_SUMS_A_GRAPH = 16  # one after the other, each of the last one's result; starting a graph takes 0.1 ms
+_MOST_SUMS_A_GRAPH = 16  # one after the other, each of the last one's result
 _GRAPH_SECONDS = 2.0  # what they should take at most, by the time of raw MPI
 _ADDED_BYTES = 16 * 2**20  # larger than a core's own caches, as the gradients of a step are
+
+Timed = Callable[[int], float]  # does so many calls and returns the seconds that they took
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -87,44 +90,51 @@ def _row(num_bytes: int, times: dict[str, list[float]], ranks: int) -> dict[str,
     return row
 
 
-def _repeat(world: World, call: Callable[[], object], repeats: int) -> list[float]:
+def _repeat(world: World, timed: Timed, repeats: int) -> list[float]:
     """Return the seconds a call takes, one number a repeat: the slowest rank's. The same on every rank."""
-    for _ in range(_WARM_UP_CALLS):
-        call()
-    world.barrier()
     started = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - started
-    count = world.broadcast(min(_MOST_CALLS, 1 + int(_REPEAT_SECONDS / seconds)))
+    for _ in range(_WARM_UP_CALLS):
+        timed(1)
+        if world.broadcast(time.perf_counter() - started) > _WARM_UP_SECONDS:
+            break
+    world.barrier()
+    count = world.broadcast(min(_MOST_CALLS, 1 + int(_REPEAT_SECONDS / timed(1))))
     own = []
     for _ in range(repeats):
         world.barrier()
-        started = time.perf_counter()
-        for _ in range(count):
-            call()
-        own.append((time.perf_counter() - started) / count)
+        own.append(timed(count) / count)
     return [max(ranks) for ranks in zip(*world.allgather(own), strict=True)]
 
 
-def _mpi_calls(world: World, in_place: bool) -> Callable[[int], Callable[[], object]]:
+def _timed(call: Callable[[], object]) -> Timed:
+    def run(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        return time.perf_counter() - started
+
+    return run
+
+
+def _mpi_calls(world: World, in_place: bool) -> Callable[[int], Timed]:
     """Return a function of a size that returns the allreduce to time."""
     from mpi4py import MPI
 
-    def make(num_bytes: int) -> Callable[[], object]:
+    def make(num_bytes: int) -> Timed:
         summand = np.ones(num_bytes // 4, np.float32)
         total = np.empty_like(summand)
         world.comm.Allreduce(summand, total)
         _check("MPI", total[[0, -1]], world)
         if not in_place:
-            return lambda: world.comm.Allreduce(summand, total)
+            return _timed(lambda: world.comm.Allreduce(summand, total))
         total.fill(0.0)  # zeros stay zeros, however often they are added; ones would overflow
-        return lambda: world.comm.Allreduce(MPI.IN_PLACE, total)
+        return _timed(lambda: world.comm.Allreduce(MPI.IN_PLACE, total))
 
     return make
 
 
-def _horovod_calls(world: World) -> Callable[[int, int], Callable[[], object]]:
-    """The same by the trainer's reducer: as many sums, one after the other, in a graph like a train step's."""
+def _horovod_calls(world: World) -> Callable[[int, int], Timed]:
+    """The same by the trainer's reducer; a call is a graph of as many sums, one after the other, like a train step."""
     from hpctrain.parallel.quiet import import_tensorflow, without_chatter
 
     import_tensorflow()
@@ -138,7 +148,7 @@ def _horovod_calls(world: World) -> Callable[[int, int], Callable[[], object]]:
 
     reducer = Reducer(world)
 
-    def make(num_bytes: int, sums: int) -> Callable[[], object]:
+    def make(num_bytes: int, sums: int) -> Timed:
         gradient = tf.ones([num_bytes // 4])
 
         @tf.function
@@ -148,14 +158,21 @@ def _horovod_calls(world: World) -> Callable[[int, int], Callable[[], object]]:
         @tf.function
         def chain(ones: Any) -> Any:
             total = ones - 1.0  # zeros stay zeros
-            for _ in range(sums):
-                [total] = reducer.sum_gradients([total])
-            return total[0]
+            with tf.control_dependencies([total]):
+                meeting = reducer.sum(tf.zeros([1]), "start")  # otherwise the first sum waits for the slowest rank
+            with tf.control_dependencies([meeting]):
+                started = tf.timestamp()
+            with tf.control_dependencies([started]):
+                for _ in range(sums):
+                    [total] = reducer.sum_gradients([total])
+            with tf.control_dependencies([total]):
+                seconds = tf.timestamp() - started
+            return seconds, total[0]  # what nobody asks for is not computed
 
         # Traced for this size on purpose: TensorFlow warns of functions that are traced at each call.
         _check("Horovod", once.get_concrete_function(gradient)(gradient).numpy()[[0, -1]], world)
         timed = chain.get_concrete_function(gradient)
-        return lambda: timed(gradient)
+        return lambda count: sum(float(timed(gradient)[0]) for _ in range(count))
 
     return make
 
@@ -172,5 +189,5 @@ def _measure_addition(world: World, repeats: int) -> float:
     summand = np.zeros(_ADDED_BYTES // 4, np.float32)
     summand.fill(0.0)  # np.zeros alone maps every page to the same one
     total = summand.copy()
-    repeated = _repeat(world, lambda: MPI.SUM.Reduce_local(summand, total), repeats)
+    repeated = _repeat(world, _timed(lambda: MPI.SUM.Reduce_local(summand, total)), repeats)
     return statistics.median(repeated) / _ADDED_BYTES

@@ -15,12 +15,13 @@ from hpctrain.parallel.world import start
 PART = 2**16  # float32 numbers; sums within a host go in parts of so many
 _IN_SUCCESSION = 30
 HOST_SUM_LEAST = 4096  # numbers from which they go through memory that the ranks share
+MPI_PART = 2**22  # MPI adds so many at a time
 SIZES = (1, 5, 1000, PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART + 1, 5 * PART + 2, 0, 7)
 
 
-def summands(rank: int) -> list[np.ndarray]:
+def summands(rank: int, sizes: Sequence[int]) -> list[np.ndarray]:
     generator = np.random.default_rng(rank)
-    return [generator.standard_normal(size).astype(np.float32) for size in SIZES]
+    return [generator.standard_normal(size).astype(np.float32) for size in sizes]
 
 
 def tree(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -54,8 +55,10 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
     if options.without_wish and world.rank == 1:
         os.environ["HOROVOD_HOST_SUM"] = "0"
-    expected = [sum(parts) for parts in zip(*(summands(rank) for rank in range(world.size)), strict=True)]
-    own = summands(world.rank)
+    sizes = SIZES if shares else (*SIZES, 2 * MPI_PART + 3)
+    by_rank = [summands(rank, sizes) for rank in range(world.size)]
+    expected = [sum(parts) for parts in zip(*by_rank, strict=True)]
+    own = by_rank[world.rank]
 
     @tf.function
     def reduce(factor: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -93,7 +96,7 @@ def main() -> None:
             np.testing.assert_allclose(total, factor * wanted, rtol=tolerance, atol=tolerance)
         assert len(set(world.allgather(b"".join(total.tobytes() for total in sums)))) == 1, "ranks have other bits"
         if shares and world.size in (2, 4):
-            for total, parts in zip(sums, zip(*map(summands, range(world.size)), strict=True), strict=True):
+            for total, parts in zip(sums, zip(*by_rank, strict=True), strict=True):
                 if total.size >= HOST_SUM_LEAST:
                     np.testing.assert_array_equal(total, factor * tree(parts))
     for _ in range(10):
