@@ -12,6 +12,14 @@ class UserError(Exception):
     """
 
 
+def cannot_start(launcher: str, error: OSError) -> UserError:
+    """Return what to say where the program that starts the ranks cannot be started."""
+    return UserError(
+        f"{launcher}, which is to start the ranks, cannot be started ({error.strerror}); "
+        "load the module that brings it, or name another launcher"
+    )
+
+
 def nearest(name: str, choices: Iterable[str], limit: int = 3) -> str:
     """Return the end of an error sentence that lists the valid names nearest to `name`.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpctrain.errors import UserError
+from hpctrain.errors import UserError, cannot_start
 
 if TYPE_CHECKING:
     from hpctrain.jobs.schedulers import JobState
@@ -86,6 +86,11 @@ def submit(
         raise UserError(f"{given[0]} needs a batch system, and the site {site.name} has none; choose another site")
     if array and chain > 1:
         raise UserError("--array and --chain do not go together; let each job of the array go on by itself (--requeue)")
+    if requeue and chain > 1:
+        raise UserError(
+            "--requeue and --chain do not go together: a job that goes on by itself and the next of the chain would be "
+            "two that write one run; leave one of them out"
+        )
     bounds = _array_bounds(array)
     request = Request(
         recipe,
@@ -161,7 +166,10 @@ def _submit(
 def _run_here(job: "Submission") -> int:
     """Run a local job in the foreground and return its exit code."""
     path = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])
-    process = subprocess.Popen(job.command, env=os.environ | job.variables | {"PATH": path})
+    try:
+        process = subprocess.Popen(job.command, env=os.environ | job.variables | {"PATH": path})
+    except OSError as error:
+        raise cannot_start(job.command[0], error) from None
     while True:
         try:
             return process.wait()
@@ -183,7 +191,7 @@ def _array_bounds(text: str | None) -> tuple[int, int] | None:
 def status(run: str | None) -> None:
     """Say what the scheduler knows of RUN's jobs, and how far it is; without RUN, of all runs in runs/."""
     from hpctrain.jobs.progress import describe_progress
-    from hpctrain.jobs.records import find_run, known_runs, read_records
+    from hpctrain.jobs.records import find_run, known_runs, members, read_records
 
     run_dirs = [find_run(run)] if run is not None else known_runs()
     if not run_dirs:
@@ -195,10 +203,10 @@ def status(run: str | None) -> None:
         records = read_records(run_dir)
         for line in _job_lines(run_dir):
             click.echo(f"  {line}")
-        members = sorted((p for p in run_dir.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name))
-        for member in members or [run_dir]:
+        array = members(run_dir)
+        for member in array or [run_dir]:
             for line in describe_progress(member):
-                click.echo(f"  {member.name + ': ' if members else ''}{line}")
+                click.echo(f"  {member.name + ': ' if array else ''}{line}")
         logs = [record.log for record in records if record.log and Path(record.log).exists()]
         if logs:
             click.echo(f"  log: {logs[-1]}")

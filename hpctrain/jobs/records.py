@@ -31,14 +31,30 @@ def append_record(run_dir: Path, record: JobRecord) -> None:
         ) from None
 
 
-def read_records(run_dir: Path) -> list[JobRecord]:
-    """Return a run's jobs in order of submission. Lines that are no record are left out."""
+def members(run_dir: Path) -> list[Path]:
+    """Return the runs of an array, RUN_DIR/SEED each, in the order of the seeds; none if it is no array."""
     try:
-        lines = (run_dir / FILE_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [path for path in run_dir.iterdir() if path.name.isdigit() and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def read_records(run_dir: Path) -> list[JobRecord]:
+    """Return a run's jobs in order of submission, then those by which each run of an array went on.
+
+    Lines that are no record are left out.
+    """
+    return [record for path in (run_dir, *members(run_dir)) for record in _read(path / FILE_NAME)]
+
+
+def _read(path: Path) -> list[JobRecord]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"cannot read {run_dir / FILE_NAME}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     records = []
     for line in lines:
         try:

@@ -73,6 +73,8 @@ def prepare(request: Request, site: Site) -> Submission:
     run_dir = Path(os.path.abspath(request.run_dir or Path("runs") / (request.name or config.name)))
     render.one_line(str(run_dir), "the run directory")
     given = {override.partition("=")[0] for override in request.overrides}
+    if request.array and "train.seed" in given:
+        raise UserError("--array gives each run its own train.seed, so that key cannot be set as well; leave it out")
     overrides = [text for text in request.overrides if text.partition("=")[0] not in ("data.path", "data.partitions")]
     if "train.threads" not in given and config.train.threads is None and knows_cores(request, site):
         overrides.append(f"train.threads={plan.threads_per_rank}")  # not those of the reserved cores

@@ -16,8 +16,10 @@ None or empty: nothing is left out."""
 
 def normalize(option: str, rule: Exclusion) -> Exclusion:
     """Return `rule` with lists made tuples and emptiness made None; raise UserError if it is no valid exclusion."""
-    if rule is None or callable(rule):
-        return rule
+    if rule is None or rule is False or callable(rule):
+        return rule or None
+    if not isinstance(rule, str | list | tuple):
+        raise UserError(f"{option} is {rule!r}; expected {RANK_RULE!r}, regular expressions, or false for none.")
     patterns = (rule,) if isinstance(rule, str) else tuple(rule)
     for pattern in patterns:
         try:

@@ -85,7 +85,7 @@ class Reducer:
         As many bytes as a ring allreduce of the 2-byte numbers, but each summand is rounded once and the sum once,
         where adding in the short format would round after every rank. MPI cannot add bfloat16 at all. A rank's
         summand is about the sum divided by the number of ranks; float16 has no room for numbers that small, so it
-        travels multiplied by that number.
+        travels multiplied by that number, and what float16 has no room for at the other end as the largest there is.
         """
         size = self.world.size
         scale = float(size) if wire == tf.float16 else 1.0
@@ -114,6 +114,9 @@ class Reducer:
 
 
 def _to_wire(tensor: Any, wire: Any) -> Any:
+    # Beyond the largest number of the format a cast makes infinity, after the check of gradients for it.
+    if wire == tf.float16:
+        tensor = tf.clip_by_value(tensor, tf.float16.min, tf.float16.max)
     return tf.bitcast(tf.cast(tensor, wire), tf.uint16)
 
 

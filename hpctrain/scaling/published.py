@@ -126,7 +126,8 @@ def standing(label: str, run: RunData) -> Standing | None:
 def _whole_minutes(run: RunData) -> tuple[float | None, bool]:
     """The minutes of all epochs, and whether they are the run's rate times what it would have to do."""
     summary = summarize(run)
-    if summary["end"] == "finished" and not run.config.get("train.steps") and summary["wall_seconds"]:
+    all_known = len(run.of_kind("end")) == summary["num_sessions"]  # a session that was killed has not told its time
+    if summary["end"] == "finished" and not run.config.get("train.steps") and summary["wall_seconds"] and all_known:
         return summary["wall_seconds"] / 60, False
     epochs, images = number(run.config.get("train.epochs")), _records(run)
     rate = steady_images_per_second(run.series("train", "step", "images_per_second")[1])

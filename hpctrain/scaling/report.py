@@ -13,7 +13,7 @@ from hpctrain.scaling.batches import compare_batches
 from hpctrain.scaling.html import to_html
 from hpctrain.scaling.markdown import markdown_table
 from hpctrain.scaling.published import labeled_standings
-from hpctrain.scaling.run_data import RunData, read_run, summarize
+from hpctrain.scaling.run_data import RunData, how_it_ended, read_run, summarize
 
 UNKNOWN = "-"
 
@@ -153,10 +153,10 @@ def differing_settings(runs: Sequence[RunData]) -> list[list[str]]:
 
 
 def _end_notes(run: RunData) -> list[str]:
-    ends = run.of_kind("end")
-    if not ends:
+    end = how_it_ended(run)
+    if end is None:
         return ["the run logged no end: it is still running or was killed"]
-    if ends[-1].get("reason") == "preempted":
+    if end == "preempted":
         return ["the run was preempted and not yet resumed to its end"]
     return []
 

@@ -90,13 +90,13 @@ def read_metrics(path: Path) -> list[Record]:
 def effective_records(records: Iterable[Record]) -> list[Record]:
     """Return the records in order of step, each (kind, step) once.
 
-    A run that was killed and resumed from an earlier checkpoint logs some steps again: the last time counts. The `end`
-    records of the sessions are all kept.
+    A run that was killed and resumed from an earlier checkpoint logs some steps again: the last time counts. Of the
+    sessions all `start` and `end` records are kept.
     """
     latest: dict[tuple[Any, ...], Record] = {}
     for position, record in enumerate(records):
         kind, step = record.get("kind"), number(record.get("step"))
-        key = (position,) if step is None or kind == "end" else (kind, step)
+        key = (position,) if step is None or kind in ("start", "end") else (kind, step)
         latest[key] = record
     return sorted(latest.values(), key=lambda record: number(record.get("step")) or 0.0)
 
@@ -135,7 +135,8 @@ def summarize(run: Path | RunData) -> dict[str, Any]:
 
     Keys: run, recipe, model, data (text); ranks, threads_per_rank, num_hosts, global_batch, steps, num_sessions (int);
     epochs, train_loss (last logged), eval_loss, top1, top5 (last evaluation, fractions), best_top1, images_per_second
-    (median over the logged steps without the warm-up), wall_seconds (training time of all sessions); end (text).
+    (median over the logged steps without the warm-up), wall_seconds (training time of the sessions that came to an end;
+    num_sessions counts the others too); end (text, of the last session).
     """
     run = run if isinstance(run, RunData) else read_run(run)
     config, manifest = run.config, run.manifest
@@ -161,9 +162,15 @@ def summarize(run: Path | RunData) -> dict[str, Any]:
         "best_top1": max(top1s) if top1s else None,
         "images_per_second": steady_images_per_second(run.series("train", "step", "images_per_second")[1]),
         "wall_seconds": _wall_seconds(ends),
-        "num_sessions": len(ends),
-        "end": _text(ends[-1].get("reason")) if ends else None,
+        "num_sessions": max(len(ends), len(run.of_kind("start"))),
+        "end": how_it_ended(run),
     }
+
+
+def how_it_ended(run: RunData) -> str | None:
+    """Return the reason that the last session gave for its end; None while it runs, or if it was killed."""
+    last = [record for record in run.records if record.get("kind") in ("start", "train", "end")][-1:]
+    return _text(last[0].get("reason")) if last and last[0]["kind"] == "end" else None
 
 
 def num_warm_up(num_steps: int) -> int:

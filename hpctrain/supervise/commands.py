@@ -71,7 +71,7 @@ def supervise(
     import shlex
 
     from hpctrain.data.atomic import make_folder
-    from hpctrain.errors import UserError
+    from hpctrain.errors import UserError, cannot_start
     from hpctrain.supervise import launchers
     from hpctrain.supervise.account import Account
     from hpctrain.supervise.hosts import find_allocation
@@ -91,7 +91,10 @@ def supervise(
     if kind is None:
         reason = f"{words[0]} cannot be told which hosts to use: running without recovery"
         account.tell("start", reason)
-        os.execvp(words[0], [*words, *command])
+        try:
+            os.execvp(words[0], [*words, *command])
+        except OSError as error:
+            raise cannot_start(words[0], error) from None
     allocation = find_allocation(hosts, hostfile, os.environ)
     wanted = len(allocation.hosts) - spare_nodes
     if wanted < 1:

@@ -99,6 +99,7 @@ class _Run:
         self.identity = run_identity(config, data.num_records, data.num_classes)
         self.path, self.done, losses = world.from_root(lambda: self._open(run_dir, resume, cleanup))
         self.bad_steps = BadSteps(config.train.loss_spike, losses)
+        self.evaluation_seconds = 0.0  # what the last one took
         self.watch = Watchdog(world, self.path / "stacks", config.train.stall_seconds)
         cleanup.callback(self.watch.close)
         if self.evaluator:
@@ -130,6 +131,8 @@ class _Run:
             last_step=self.last_step,
             threads=self.world.plan.threads,
         )
+        if self.log:
+            self.log.write("start", self.done, {"epoch": self._epoch_of(self.done)})
         self.console.start_progress(self.last_step, self.done)
         started = time.perf_counter()
         step, wrong = self._take_steps(batches)
@@ -171,6 +174,8 @@ class _Run:
             result = self.train_step(step, timed, rate, self.stop.requested)
             step_seconds = time.perf_counter() - started
             stopped = result.stop
+            if step > self.done + 1:  # the first one builds its graph
+                self.stop.step_seconds = step_seconds
             self.writer.check()
             times.add(step_seconds, timed.seconds, self.reducer.reduce_seconds)
             timing = times.collect() if show or stopped or times.full else None
@@ -183,6 +188,10 @@ class _Run:
                 if settings.on_bad_step == "stop" or self.bad_steps.too_many:
                     return step, wrong
                 self.console.line(f"warning: the update of step {step} is left out: {wrong}")
+            evaluate = self.evaluator is not None and self._every(self.config.evaluate.every_epochs, step)
+            if evaluate and not stopped and step < self.last_step:
+                # It would be made up for when the run goes on.
+                stopped = self.world.from_root(lambda: self.stop.leaves_no_time_for(self.evaluation_seconds))
             at_end = step == self.last_step or stopped
             if at_end:
                 self.watch.ending()
@@ -190,7 +199,7 @@ class _Run:
                 self._save(step, must=at_end)
             elif settings.check_weights_every and step % settings.check_weights_every == 0:
                 check_same_weights(step, self.variables, self.world)
-            if step == self.last_step or (self._every(self.config.evaluate.every_epochs, step) and not stopped):
+            if step == self.last_step or (evaluate and not stopped):
                 self._evaluate(step)
         return step, ""
 
@@ -222,7 +231,7 @@ class _Run:
         self.watch.at(EVALUATE, step)
         started = time.perf_counter()
         result = self.evaluator()
-        seconds = time.perf_counter() - started
+        seconds = self.evaluation_seconds = time.perf_counter() - started
         epoch = self._epoch_of(step)
         values = {
             "epoch": epoch,

@@ -63,6 +63,7 @@ def run_identity(config: Config, num_records: int, num_classes: int) -> dict[str
         "train.seed": config.train.seed,
         "train.precision": config.train.precision,
         "optimizer.name": config.optimizer.name,
+        "optimizer.options.rate (outside with momentum_correction)": _rate_of_buffers(config),
         "data.partitions": config.data.partitions,
         "data.shuffle_block": config.data.shuffle_block,
         "data.augmentation": config.data.augmentation,
@@ -71,10 +72,16 @@ def run_identity(config: Config, num_records: int, num_classes: int) -> dict[str
     }
 
 
+def _rate_of_buffers(config: Config) -> str:
+    """Return whether a momentum buffer holds the learning rate: what one holds means something else to the other."""
+    options = config.optimizer.options
+    return "outside" if options.get("momentum_correction") else str(options.get("rate", "inside"))
+
+
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UserError when a checkpoint belongs to a run of another kind."""
+    """Raise UserError when a checkpoint belongs to a run of another kind. What it does not say is not compared."""
     for key, value in now.items():
-        if before.get(key) != value:
+        if key in before and before[key] != value:
             raise UserError(
                 f"the checkpoint was made with {key} {before.get(key)}, now it is {value}; "
                 "set it back, or start a new run in another --run-dir"

@@ -206,5 +206,5 @@ def last_losses(run_dir: Path, step: int, count: int = 50) -> list[float | None]
 
 
 def _drop_later(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step and line.get("kind") != "end"]
+    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
     write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

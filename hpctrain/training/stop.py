@@ -15,18 +15,25 @@ class StopRequest:
     """This rank's vote for an agreed stop at the end of a step.
 
     SIGTERM and SIGUSR1 (batch systems), SIGINT (Ctrl-C), and the job's own end time less a margin all ask for it.
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process at once. `step_seconds` is what a step takes: a vote ends the run only after the
+    step in which it is given, and is given at its start.
     """
 
     def __init__(self, end_time_seconds: float | None = None, margin_seconds: float = 120.0) -> None:
         self.reason = ""
+        self.step_seconds = 0.0
         self._deadline = None if end_time_seconds is None else end_time_seconds - margin_seconds
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     @property
     def requested(self) -> bool:
         """Whether this rank wants the run to stop."""
-        if not self.reason and self._deadline is not None and time.time() >= self._deadline:
+        # The next vote would be heard two steps from now.
+        return self.leaves_no_time_for(2 * self.step_seconds)
+
+    def leaves_no_time_for(self, seconds: float) -> bool:
+        """Whether this rank wants the run to stop, also because what takes so long would last beyond its time."""
+        if not self.reason and self._deadline is not None and time.time() + seconds >= self._deadline:
             self.reason = "the walltime is nearly over"
         return bool(self.reason)
 

@@ -145,6 +145,8 @@ def test_the_schedulers_own_words_are_told(here: Here, monkeypatch: pytest.Monke
         (["--array", "1,2"], "--array is '1,2'"),
         (["--after", "1; ls"], "--after is '1; ls'"),
         (["--array", "1-2", "--chain", "2"], "do not go together"),
+        (["--requeue", "2", "--chain", "2"], "do not go together"),
+        (["--array", "1-2", "train.seed=7"], "gives each run its own train.seed"),
     ],
 )
 def test_mistakes(here: Here, arguments: list[str], sentence: str) -> None:
@@ -251,6 +253,19 @@ def test_an_array_of_pbs_and_a_server_with_an_underscore(here: Here) -> None:
     assert "job 8.pbs_server: QUEUED (Not Running: no CPUs)" in run(commands.status, "other").stdout
 
 
+def test_jobs_by_which_the_runs_of_an_array_went_on_are_known(here: Here) -> None:
+    member = Path("runs/seeds/2")
+    member.mkdir(parents=True)
+    Path("runs/seeds/jobs.jsonl").write_text('{"scheduler": "pbs", "id": "7[].server"}\n')
+    (member / "jobs.jsonl").write_text('{"scheduler": "pbs", "id": "9.server"}\n')
+    ended, runs = "Job Id: 7[].server\n    job_state = F\n\n", "Job Id: 9.server\n    job_state = R\n"
+    (here.out / "qstat").write_text(ended + runs)
+    assert "job 9.server: RUNNING" in run(commands.status, "seeds").stdout
+    with pytest.raises(UserError, match=r"job 9\.server of the run .* is RUNNING"):
+        submit("--array", "1-3", "--name", "seeds", site="generic-pbs")
+    assert run(commands.cancel, "seeds").stdout == "cancelled: 9.server\n"
+
+
 def test_the_last_of_a_chain_is_cancelled_first_and_what_has_just_ended_does_not_matter(here: Here) -> None:
     Path("runs/run").mkdir(parents=True)
     lines = [json.dumps({"scheduler": "pbs", "id": f"{number}.server"}) for number in (7, 8)]
@@ -279,6 +294,10 @@ def test_a_local_job_runs_in_the_foreground_and_passes_its_exit_code_on(
     assert run(commands.submit, *local, *SYNTHETIC).return_value == 85
     assert (here.out / "mpirun").read_text().splitlines()[-2:] == ["--run-dir", str(Path.cwd() / "runs" / "demo")]
     assert "hpctrain train demo" in run(commands.submit, *local, "--dry-run", *SYNTHETIC).output
+    (prefix / "bin" / "mpirun").unlink()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="mpirun, which is to start the ranks, cannot be started"):
+        run(commands.submit, *local, *SYNTHETIC)
     with pytest.raises(UserError, match="--chain needs a batch system"):
         run(commands.submit, *local, "--chain", "2", *SYNTHETIC)
 

@@ -33,7 +33,7 @@ esac
 RECORDER = """#!/bin/bash
 printf '%s\\n' "${0##*/} $*" >>"$NOTES/calls"
 case ${0##*/}:$1 in
-  scontrol:show) echo "JobState=${JOB_STATE:-RUNNING}" ;;
+  scontrol:show) echo "JobState=${JOB_STATE:-RUNNING} TimeLimit=1-02:00:00 TimeMin=N/A" ;;
   pbs_tmrsh:*) [[ $* != *true ]] || exit "${LOST:-0}"; exit "${TMRSH_CODE:-0}" ;;
   srun:*) [[ $* != *true ]] || exit "${LOST:-0}" ;;
   scontrol:requeue) exit "${SCONTROL_CODE:-0}" ;;
@@ -192,7 +192,8 @@ def test_pbs_runs_what_prepares_a_node_once_on_each_and_hears_of_failures(start:
     (tmp_path / "my work" / "nodes").write_text("alpha\nalpha\nbeta\nbeta\n")
     job = start("pbs", "exit:0", STAGE_ENV="packed.tar", STAGE_DIR="/tmp/st age")
     assert job.end()[0] == 0
-    staged = f"/tmp/st age/hpctrain-{os.getuid()}-a run"
+    number = subprocess.run(["cksum"], input=f"{job.run_dir}\n", capture_output=True, text=True, check=True).stdout
+    staged = f"/tmp/st age/hpctrain-{os.getuid()}-{number.split()[0]}-a run"  # another folder of that name has its own
     made = [call for call in job.calls("pbs_tmrsh") if "mkdir" in call]
     assert sorted(made) == [f"pbs_tmrsh {host} /bin/mkdir -p -- {staged}" for host in ("alpha", "beta")]
     unpacked = [call for call in job.calls("pbs_tmrsh alpha") if "stage_env.py" in call]
@@ -237,10 +238,14 @@ def test_slurm_counts_its_own_restarts(start: Start) -> None:
 
 
 def test_where_slurm_does_not_requeue_the_script_is_submitted_again(start: Start) -> None:
-    job = start("slurm", "exit:85", ("a=b c",), SCONTROL_CODE="1", SLURM_RESTART_COUNT="2", SLURM_JOB_PARTITION="short")
+    told = {"PARTITION": "short", "ACCOUNT": "me", "QOS": "debug"}
+    variables = {f"SLURM_JOB_{name}": value for name, value in told.items()}
+    variables |= {"SLURM_NTASKS_PER_NODE": "16", "SLURM_CPUS_PER_TASK": "4"}
+    job = start("slurm", "exit:85", ("a=b c",), SCONTROL_CODE="1", SLURM_RESTART_COUNT="2", **variables)
     assert job.end()[0] == 85
     (call,) = job.calls("sbatch")
-    assert "--dependency=afterany:12" in call and "--partition=short" in call and call.endswith("/.again.sbatch a=b c")
+    asked = "--partition=short --account=me --qos=debug --ntasks-per-node=16 --cpus-per-task=4 --time=1-02:00:00 /"
+    assert "--dependency=afterany:12" in call and asked in call and call.endswith("/.again.sbatch a=b c")
     assert job.lines("requeues") == ["3"]
     assert '"id": "77"' in (job.run_dir / "jobs.jsonl").read_text()
     assert (job.run_dir / ".again.sbatch").read_bytes() == (template_root() / "slurm" / "train.sbatch").read_bytes()
@@ -300,8 +305,8 @@ def test_the_program_gets_arguments_variables_and_the_end_of_the_job(scheduler: 
     job = start(scheduler, "exit:0", **variables)
     code, output = job.end()
     assert code == 0, output
-    words = ["hpctrain", "train", "demo", "data.path=/da ta", "data.partitions=4", "train.seed=5"]
-    words += ["model.name=it's $(x)", "train.steps=2", "--run-dir", str(job.run_dir / "5")]
+    words = ["hpctrain", "train", "demo", "data.path=/da ta", "data.partitions=4"]
+    words += ["model.name=it's $(x)", "train.steps=2", "train.seed=5", "--run-dir", str(job.run_dir / "5")]
     assert job.lines("launched") == words
     environ = dict(line.split("=", 1) for line in job.lines("environment") if "=" in line)
     assert (environ["ONE"], environ["TWO"], environ["THREE"]) == ("a b", "$(x)", "3")

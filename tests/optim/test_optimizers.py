@@ -242,6 +242,7 @@ def test_variables_without_a_gradient_are_skipped_with_a_warning():
         (None, set()),
         ([], set()),
         ("", set()),
+        (False, set()),
     ],
 )
 def test_exclusions(rule, left_out):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         (4, 1e9, []),
         (5, 4e6, []),
         (2, 4e6, ["--compression", "bf16"]),
+        (2, 4e6, ["--compression", "fp16"]),
         (2, 4e6, ["--without-memory"]),
         (2, 4e6, ["--without-wish"]),
     ],

@@ -143,6 +143,8 @@ def test_calibrations_of_all_kinds(tmp_path: Path) -> None:
         ('{"kind": "input"}', "no measurement"),
         (json.dumps(step_json(seconds=-1.0)), "forward_backward_seconds is -1.0"),
         (json.dumps({"kind": "allreduce", "fit": None}), "at least two ranks"),
+        ('{"straggler_sigma": "x"}', "straggler_sigma is 'x'"),
+        ('{"fitted": 3}', "fitted is 3"),
     ],
 )
 def test_calibrations_that_are_none(tmp_path: Path, content: str, message: str) -> None:

@@ -104,13 +104,16 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_continues_its_log_where_its_checkpoint_was(tmp_path: Path) -> None:
-    """Every step is there once: what the try before wrote beyond the checkpoint is dropped, and so is its end."""
+    """Every step is there once: what the try before wrote beyond the checkpoint is dropped, its end too if it is."""
     write_log(tmp_path, range(1, 8))
     write_log(tmp_path, range(5, 10), from_step=4)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 10))
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [4, 8]
     assert [line["step"] for line in lines if line["kind"] == "end"] == [9]
+    write_log(tmp_path, range(10, 12), from_step=9)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "end"] == [9, 11]
     write_log(tmp_path, range(1, 3))  # and a run that starts anew starts an empty one
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2]
 

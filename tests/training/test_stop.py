@@ -70,6 +70,30 @@ def test_the_end_of_the_job_asks_a_margin_before(monkeypatch: pytest.MonkeyPatch
         request.close()
 
 
+def test_a_step_and_an_evaluation_are_begun_only_if_they_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    request = StopRequest(end_time_seconds=1500, margin_seconds=100)
+    try:
+        request.step_seconds = 80
+        now[0] = 1239.0  # a vote at 1319 would be heard at 1399
+        assert not request.requested and not request.leaves_no_time_for(160)
+        now[0] = 1240.0
+        assert request.requested
+    finally:
+        request.close()
+    request = StopRequest(end_time_seconds=1500, margin_seconds=100)
+    try:
+        assert request.leaves_no_time_for(160) and "walltime" in request.reason and request.requested
+    finally:
+        request.close()
+    request = StopRequest()
+    try:
+        assert not request.leaves_no_time_for(1e9)
+    finally:
+        request.close()
+
+
 def test_when_the_job_ends() -> None:
     assert job_end_time({}) is None
     assert job_end_time({"SLURM_JOB_END_TIME": "1700000000"}) == 1.7e9

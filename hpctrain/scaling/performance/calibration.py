@@ -63,6 +63,11 @@ def parse_calibration(content: Any, source: str = "calibration") -> Calibration:
             raise UserError(f"{source}: allreduce.fit is missing; it takes at least two ranks to measure an allreduce")
         for key in ("alpha_seconds", "beta_seconds_per_byte", "gamma_seconds_per_byte"):
             _check(fit.get(key), f"{source}: allreduce.fit.{key}", zero_is_fine=True)
+    for key in ("straggler_sigma", "start_seconds"):
+        if rest.get(key) is not None:
+            _check(rest[key], f"{source}: {key}", zero_is_fine=True)
+    if not isinstance(rest.get("fitted", {}), dict):
+        raise UserError(f"{source}: fitted is {rest['fitted']!r}; it is what `hpctrain predict` wrote there")
     return Calibration(
         source,
         steps,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpctrain.data.atomic import make_folder
-from hpctrain.errors import UserError
+from hpctrain.errors import UserError, cannot_start
 from hpctrain.jobs.records import JobRecord, append_record
 from hpctrain.jobs.schedulers import SCHEDULERS
 from hpctrain.jobs.site import Site
@@ -100,9 +100,12 @@ def _run_here(study: Study, site: Site, run: Run, say: Say) -> None:
     say(f"{_name(run)}: running; its log: {log}")
     path = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            job.command, env=os.environ | job.variables | {"PATH": path}, stdout=file, stderr=subprocess.STDOUT
-        )
+        try:
+            process = subprocess.Popen(
+                job.command, env=os.environ | job.variables | {"PATH": path}, stdout=file, stderr=subprocess.STDOUT
+            )
+        except OSError as error:
+            raise cannot_start(job.command[0], error) from None
         try:
             this.exit_code = process.wait()
         except KeyboardInterrupt:  # Ctrl-C reaches mpirun too, which ends the ranks
