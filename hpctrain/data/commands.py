@@ -102,6 +102,8 @@ def extract_command(directory: Path, record: int, output: Path) -> None:
     from hpctrain.data.reader import ShardReader
     from hpctrain.data.shard_file import printable
 
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; name the file to write, such as {output / 'image.jpg'}")
     reader = ShardReader(directory)
     if not 0 <= record < reader.num_records:
         raise UserError(f"record {record} is not in {directory}; expected 0 to {reader.num_records - 1}")

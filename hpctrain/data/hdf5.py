@@ -29,6 +29,7 @@ _ALIGN_FROM_BYTES = 64 << 10  # arrays of this size and more start at a multiple
 _PAGE_BYTES = 4096
 _ATTRIBUTES = ("format", "version", "encoding", "key", "conversions", "converted")
 _MAX_ATTRIBUTE_BYTES = 1 << 20
+_PROBE_BYTES = 1 << 16  # more than HDF5's own parts of a shard
 
 
 def write_hdf5(
@@ -41,24 +42,30 @@ def write_hdf5(
 ) -> None:
     """Write one shard to `path`. `index` holds the arrays of INDEX_TYPES; `data` is read from its start.
 
-    The same arguments always give the same bytes: fixed library versions, fixed alignment, no times.
+    The same arguments always give the same bytes: fixed library versions, fixed alignment, no times. Raises OSError
+    where there is no room. The HDF5 library may crash of that, so it writes only what describes the arrays, where some
+    room has just been found; the arrays go into their places without it.
     """
     num_records = len(index["labels"])
     layout = array_layout(num_records, int(index["offsets"][-1]), names.dtype.itemsize)
     ids = np.arange(first_record, first_record + num_records, dtype=np.int64)
     arrays = {**index, "ids": ids, "names": names}
+    path.write_bytes(bytes(_PROBE_BYTES))
+    places: dict[str, int] = {}
     with _create(path) as file:
         for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
             file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else np.int64(value)
         for name, (dtype, length) in layout.items():
-            dataset = _contiguous_dataset(file, name, dtype, length)
+            places[name] = _contiguous_dataset(file, name, dtype, length).id.get_offset()
+    with open(path, "r+b") as plain:
+        for name, (dtype, length) in layout.items():
+            plain.seek(places[name])
             if name != "data":
-                dataset[:] = np.asarray(arrays[name], dtype)
+                plain.write(np.asarray(arrays[name], dtype).tobytes())
                 continue
             data.seek(0)
             for start in range(0, length, _BLOCK_BYTES):
-                block = data.read(min(_BLOCK_BYTES, length - start))
-                dataset[start : start + len(block)] = np.frombuffer(block, np.uint8)
+                plain.write(data.read(min(_BLOCK_BYTES, length - start)))
 
 
 def _create(path: Path) -> h5py.File:

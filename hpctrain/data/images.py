@@ -14,6 +14,7 @@ from hpctrain.errors import UserError
 
 # Only these are opened: Pillow would start Ghostscript for some of the others. JPEG brings MPO along.
 _PLUGINS = (JpegImagePlugin, PngImagePlugin, BmpImagePlugin, WebPImagePlugin, GifImagePlugin)
+_LONGEST_JPEG_SIDE = 65500  # that libjpeg writes
 _FORMATS = tuple(name for name in ("JPEG", "PNG", "BMP", "WEBP", "GIF") if name in Image.OPEN)
 _DECODABLE_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; all Huffman-coded
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -155,6 +156,8 @@ def _open(blob: bytes) -> Image.Image:
             return Image.open(io.BytesIO(blob), formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise ImageError("it is not an image in a known format") from None
+    except MemoryError:  # the node's fault and not the image's
+        raise
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise ImageError(f"it cannot be decoded ({error})") from error
 
@@ -175,6 +178,8 @@ def _load(image: Image.Image) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         raise ImageError(f"it cannot be decoded ({error})") from error
 
@@ -208,6 +213,10 @@ def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _encode(image: Image.Image, quality: int) -> bytes:
+    if max(image.size) > _LONGEST_JPEG_SIDE:
+        raise ImageError(
+            f"its {image.width} x {image.height} pixels do not fit into a JPEG: {_LONGEST_JPEG_SIDE:,} a side"
+        )
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -98,8 +98,9 @@ class ShardBuilder:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            if isinstance(error, OSError):  # HDF5's own text is long; its first words hold the reason
-                raise UserError(f"cannot write {self.path}: {error.strerror or str(error)[:200]}") from error
+            if isinstance(error, OSError | RuntimeError):  # HDF5's own text is long; its first words hold the reason
+                reason = getattr(error, "strerror", None) or str(error)[:200]
+                raise UserError(f"cannot write {self.path}: {reason}") from error
             raise
         finally:
             self.abort()

@@ -68,7 +68,7 @@ def make_ready(folder: Path, manifest_text: bytes, host: str) -> None:
                 f"{folder} on {host} holds {others[0]}, which staging did not put there; give an empty directory"
             )
     elif _marked(folder) != digest:
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MARKER_NAME):  # the marker last
             path.unlink()
     remove_temporaries(folder)
     write_file(folder / MARKER_NAME, json.dumps({"manifest_sha256": digest}).encode())
@@ -116,10 +116,11 @@ def free_bytes(folder: Path) -> tuple[int, str]:
     A tmpfs may be larger than the memory that is left, and a job that fills it is killed.
     """
     status = os.statvfs(folder)
+    has_no_limit = status.f_blocks == 0  # a tmpfs mounted with size=0, or a ramfs
     free = status.f_bavail * status.f_frsize
     if _file_system(folder.resolve()) in ("tmpfs", "ramfs"):
         available = _available_memory()
-        if available is not None and (available < free or free == 0):
+        if available is not None and (available < free or has_no_limit):
             return available, " of memory"
     return free, ""
 

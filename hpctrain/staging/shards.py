@@ -124,7 +124,11 @@ def _open_splits(
     """
 
     def read() -> tuple[list[tuple[str, bytes, str]], bool]:
-        folders = {Manifest.load(folder).split: folder for folder in split_directories(data)}
+        folders: dict[str, Path] = {}
+        for folder in split_directories(data):
+            split = Manifest.load(folder).split
+            if split not in folders or folder.name == split:  # train-old may say that it is train, too
+                folders[split] = folder
         found = []
         for name in names:
             if name in folders:

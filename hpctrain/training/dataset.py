@@ -85,6 +85,11 @@ def open_data(config: Config, world: World) -> DataSet:
                 f"the data in {config.data.path} has {reader.num_classes} classes but model.num_classes is {classes}; "
                 "leave it unset to take the data set's"
             )
+    if val is not None and val.class_names != train.class_names:
+        raise UserError(
+            f"train and val in {config.data.path} do not have the same classes, so the same number means another one "
+            "there; prepare val again with --overwrite, which takes train's"
+        )
     return DataSet(train, val, train.num_records, classes)
 
 

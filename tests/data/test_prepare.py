@@ -261,6 +261,53 @@ def test_skip_bad_with_fewer_images_than_shards(make_tree, tmp_path: Path) -> No
         run(tree, tmp_path / "none", "train", skip_bad=True)
 
 
+def test_an_interrupted_run_with_overwrite_goes_on(make_tree, tmp_path: Path) -> None:
+    tree, out = make_tree(), tmp_path / "out"
+    run(tree, out, "train", shards=4, overwrite=True)
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "train").glob("*.h5")}
+    (out / "train" / "dataset.json").unlink()
+    run(tree, out, "train", shards=4, overwrite=True)
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "train").glob("*.h5")} == before
+    run(tree, out, "train", shards=4, overwrite=True)  # this one is finished, and so is replaced
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "train").glob("*.h5")} != before
+
+
+def test_want_of_memory_is_not_the_images_fault(make_tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    tree = make_tree()
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(UserError, match="needs more memory than there is"):
+        run(tree, tmp_path / "out", "train", resize=16, skip_bad=True)
+
+
+def test_an_image_too_long_for_a_jpeg_is_named(make_tree, tmp_path: Path) -> None:
+    tree = make_tree()
+    Image.new("RGB", (65501, 1)).save(tree / "class0" / "long.png")
+    with pytest.raises(UserError, match=r"class0/long\.png"):
+        run(tree, tmp_path / "out", "train")
+    assert run(tree, tmp_path / "out", "train", skip_bad=True).num_records == 21
+
+
+@pytest.mark.parametrize("limit_bytes", [10_000, 70_000, 200_000])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_ends_with_one_sentence(make_tree, tmp_path: Path, limit_bytes: int, workers: str) -> None:
+    tree, out = make_tree(classes=1), tmp_path / "out"
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(generator.integers(0, 255, (200, 200, 3), np.uint8)).save(tree / "class0" / f"{i}.jpg")
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); "
+    program = limited + "import sys; from hpctrain.cli import main; sys.exit(main())"
+    arguments = ["data", "prepare", str(tree), str(out), "--split", "train", "--shards", "1", "--workers", workers]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot write" in done.stderr and "File too large" in done.stderr
+    assert not list((out / "train").glob("*.h5")) and not list((out / "train").glob(".*tmp-*"))
+
+
 def test_val_has_the_classes_of_train(make_tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(make_tree("train", classes=4, images=2), out, "train")
@@ -428,6 +475,8 @@ def test_commands(make_tree, tmp_path: Path) -> None:
     name = ShardReader(out / "train").name(4)
     assert result.exit_code == 0 and name in result.output
     assert (tmp_path / "x.jpg").read_bytes() == (tree / name).read_bytes()
+    result = runner.invoke(data_commands, ["extract", str(out / "train"), "4", str(tmp_path)])
+    assert isinstance(result.exception, UserError) and "is a folder" in str(result.exception)
     result = runner.invoke(data_commands, ["extract", str(out / "train"), "21", str(tmp_path / "x.jpg")])
     assert isinstance(result.exception, UserError) and "expected 0 to 20" in str(result.exception)
 

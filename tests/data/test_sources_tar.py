@@ -241,6 +241,7 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path: Path) -> None:
         (path("texts.tar", make_tar({"a/b.txt": b"text"})), "no images in .*texts.tar; expected files ending in .jpg"),
         (path("flat.tar", make_tar({"a.JPEG": b"x"})), r"a\.JPEG in no folder.*--labels.*devkit"),
         (path("splits.tar", make_tar({**flat("train/"), **flat("val/")})), "holds train and val rather than"),
+        (path("split_tars.tar", make_tar({"train.tar": whole, "val.tar": whole})), "tars of train and val rather than"),
         (path("both.tar", make_tar({"a.tar": whole, "b/c.jpg": b"x"})), r"holds a tar, a\.tar, but an image, b/c\.jpg"),
         (path("nested.tar", make_tar({"a.tar": make_tar({"b.tar": whole})})), r"the tar of a holds a tar, b\.tar"),
         (path("twice.tar", make_tar([*twice, twice[3]])), rf"holds {twice[3][0]} twice"),

@@ -94,6 +94,23 @@ def test_a_data_set_without_val(run: Callable[..., Traffic], data: Path) -> None
         run(splits=("val",))
 
 
+def test_the_folder_called_train_is_train(run: Callable[..., Traffic], data: Path, local: Path) -> None:
+    shutil.copytree(data / "train", data / "train-old")
+    manifest = data / "train-old" / "dataset.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    run()
+    assert (local / "train" / "dataset.json").read_bytes() == (data / "train" / "dataset.json").read_bytes()
+
+
+def test_a_full_tmpfs_is_not_one_without_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(staging_local, "_file_system", lambda folder: "tmpfs")
+    for blocks, free in ((10, 0), (0, staging_local._available_memory())):
+        status = SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=blocks)
+        monkeypatch.setattr(os, "statvfs", lambda path, status=status: status)
+        found, _ = staging_local.free_bytes(tmp_path)
+        assert (found == 0) == (free == 0)
+
+
 def test_what_is_there_and_wrong_is_replaced(run: Callable[..., Traffic], data: Path, local: Path) -> None:
     run()
     entries = Manifest.load(data / "train").shards
@@ -172,7 +189,9 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     run(splits=("val",))
     free = 64 << 20  # as much as has to stay free
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096, f_blocks=9**9)
+    )
     with pytest.raises(
         UserError, match=r"node7: [\d,]+ bytes do not fit into .*, where 67,108,864 bytes( of memory)? are free"
     ):

@@ -175,8 +175,9 @@ def _start(plan: Plan, overwrite: bool, skip_bad: bool, say: Echo) -> tuple[Plan
         except DataError as error:
             say(f"{error}: made again now")
     state = _read_state(folder)
+    is_replaced = overwrite and (folder / MANIFEST_NAME).exists()  # else an interrupted run, which goes on
     start_split(folder, overwrite=True)
-    if overwrite:
+    if is_replaced:
         remove_other_shards(folder, plan.split, keep=set())
         (folder / _STATE_NAME).unlink(missing_ok=True)
         return plan, None
@@ -243,7 +244,12 @@ def _finish(plan: Plan, outcomes: list[ShardOutcome], say: Echo) -> Manifest:
             "skipped": plan.skipped,
         },
     )
-    manifest.save(plan.folder)
+    try:
+        manifest.save(plan.folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {plan.folder / MANIFEST_NAME}: {error.strerror}; make room and run again"
+        ) from error
     (plan.folder / _STATE_NAME).unlink(missing_ok=True)
     converted = sorted(item for outcome in outcomes for item in outcome.converted)
     for what, name in converted[:SHOWN]:

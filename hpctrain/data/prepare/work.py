@@ -17,6 +17,7 @@ from hpctrain.data.prepare.sources import ImageList, ImageSource, SourceImage
 from hpctrain.data.processes import Count
 from hpctrain.data.shard import MAX_RECORD_BYTES, DataError
 from hpctrain.data.writer import Record, ShardBuilder
+from hpctrain.errors import UserError
 
 SHOWN = 20  # images that are named before the rest is only counted
 _ASKED_FOR = ("resized", "decoded")  # conversions that the options ask for; the others are an image's own oddity
@@ -64,6 +65,10 @@ def make_shard(context: tuple[ImageSource, Encoding, bool], task: ShardTask, cou
                 if isinstance(blob, ImageError):
                     raise blob
                 prepared = _prepare(blob, encoding, decode)
+            except MemoryError:
+                raise UserError(
+                    f"{image.name} needs more memory than there is; use fewer workers, or give the job more memory"
+                ) from None
             except ImageError as error:
                 bad.append((image.name, str(error)))
             else:

@@ -120,6 +120,11 @@ def _list_class_tars(
             raise UserError(f"{where}: the tar of {class_name} holds a tar, {found.tars[0].name}; expected images")
     if not images:
         raise _no_images(where)
+    if classes <= {"train", "val", "test", "validation"}:
+        raise UserError(
+            f"{where} holds tars of {' and '.join(sorted(classes))} rather than one tar per class; give one of them as "
+            "the input"
+        )
     return Listing(sorted(classes), images, ignored_note(ignored))
 
 
