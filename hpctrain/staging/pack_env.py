@@ -14,6 +14,7 @@ from typing import IO, Any
 from hpctrain.data.atomic import publish, temporary_path
 from hpctrain.staging.stage_env import FORMAT, MARKER, MARKER_BYTES, EnvironmentProblem, identity, is_python
 
+_VIRTUAL_ENV = re.compile(r"""^\s*VIRTUAL_ENV=["']?(/[^"'\n]*)""", re.MULTILINE)
 _LEFT_OUT = re.compile(r"\.hpctrain-.*|hpctrain-install\.log")  # install.sh's notes about the place it installed to
 
 
@@ -23,7 +24,7 @@ def pack(prefix: Path, target: Path) -> dict[str, Any]:
     The tar is not compressed. The same environment gives the same bytes: sorted names, no owners, times of files as
     they are. Packages that are installed as editable are packed themselves. Raises EnvironmentProblem.
     """
-    prefix, target = Path(os.path.abspath(prefix)), Path(os.path.abspath(target))
+    prefix, target = _own_name(Path(os.path.abspath(prefix))), Path(os.path.abspath(target))
     base_python = _base_python(prefix)
     if target.is_relative_to(prefix):
         raise EnvironmentProblem(f"{target} lies inside the environment {prefix}; give another place")
@@ -108,6 +109,17 @@ def _padded(marker: dict[str, Any]) -> bytes:
     if len(text) > MARKER_BYTES:
         raise EnvironmentProblem(f"the path {marker['prefix']} is too long")
     return text.ljust(MARKER_BYTES)
+
+
+def _own_name(prefix: Path) -> Path:
+    """Return the path by which the environment's own programs know it; `prefix` may lead there through a link."""
+    try:
+        found = _VIRTUAL_ENV.search((prefix / "bin" / "activate").read_text(errors="replace"))
+    except OSError:
+        return prefix
+    if found and os.path.isdir(found[1]) and os.path.samefile(found[1], prefix):
+        return Path(found[1])
+    return prefix
 
 
 def _base_python(prefix: Path) -> str:

@@ -142,6 +142,13 @@ def test_the_same_environment_packs_to_the_same_bytes(prefix: Path, packed: Path
     assert read_marker(str(tmp_path / "changed.tar"))["digest"] != read_marker(str(packed))["digest"]
 
 
+def test_a_way_through_a_link_leads_to_the_same_bytes(prefix: Path, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(prefix.parent)
+    marker = pack(tmp_path / "link" / "env", tmp_path / "again.tar")
+    assert marker["prefix"] == str(prefix)
+    assert (tmp_path / "again.tar").read_bytes() == packed.read_bytes()
+
+
 def test_standalone_program_keeps_what_is_there_and_replaces_what_is_not_the_same(
     packed: Path, prefix: Path, local: Path, tmp_path: Path
 ) -> None:
