@@ -91,12 +91,12 @@ def effective_records(records: Iterable[Record]) -> list[Record]:
     """Return the records in order of step, each (kind, step) once.
 
     A run that was killed and resumed from an earlier checkpoint logs some steps again: the last time counts. Of the
-    sessions all `start` and `end` records are kept.
+    sessions all `resume` and `end` records are kept.
     """
     latest: dict[tuple[Any, ...], Record] = {}
     for position, record in enumerate(records):
         kind, step = record.get("kind"), number(record.get("step"))
-        key = (position,) if step is None or kind in ("start", "end") else (kind, step)
+        key = (position,) if step is None or kind in ("resume", "end") else (kind, step)
         latest[key] = record
     return sorted(latest.values(), key=lambda record: number(record.get("step")) or 0.0)
 
@@ -162,14 +162,21 @@ def summarize(run: Path | RunData) -> dict[str, Any]:
         "best_top1": max(top1s) if top1s else None,
         "images_per_second": steady_images_per_second(run.series("train", "step", "images_per_second")[1]),
         "wall_seconds": _wall_seconds(ends),
-        "num_sessions": max(len(ends), len(run.of_kind("start"))),
+        "num_sessions": _num_sessions(run),
         "end": how_it_ended(run),
     }
 
 
+def _num_sessions(run: RunData) -> int:
+    """Each session but a run's first begins with a `resume` record, and each that was not killed ends with an `end`."""
+    resumed = len(run.of_kind("resume"))
+    has_first = any(record.get("kind") == "train" for record in run.records[:1])
+    return max(len(run.of_kind("end")), resumed + has_first)
+
+
 def how_it_ended(run: RunData) -> str | None:
     """Return the reason that the last session gave for its end; None while it runs, or if it was killed."""
-    last = [record for record in run.records if record.get("kind") in ("start", "train", "end")][-1:]
+    last = [record for record in run.records if record.get("kind") in ("resume", "train", "end")][-1:]
     return _text(last[0].get("reason")) if last and last[0]["kind"] == "end" else None
 
 

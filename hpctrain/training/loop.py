@@ -131,8 +131,8 @@ class _Run:
             last_step=self.last_step,
             threads=self.world.plan.threads,
         )
-        if self.log:
-            self.log.write("start", self.done, {"epoch": self._epoch_of(self.done)})
+        if self.log and self.done:
+            self.log.write("resume", self.done, {"epoch": self._epoch_of(self.done)})
         self.console.start_progress(self.last_step, self.done)
         started = time.perf_counter()
         step, wrong = self._take_steps(batches)

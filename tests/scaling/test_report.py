@@ -187,16 +187,16 @@ def test_steps_repeated_after_a_resume_count_once_and_sessions_add_up(tmp_path: 
 
 
 def test_a_session_that_was_killed_is_counted_and_is_not_the_end_of_the_one_before(tmp_path: Path) -> None:
-    def start(step: int) -> dict[str, object]:
-        return {"kind": "start", "step": step}
+    def resume(step: int) -> dict[str, object]:
+        return {"kind": "resume", "step": step}
 
-    first = [start(0), train(1, 1.0), train(2, 1.0)]
+    first = [train(1, 1.0), train(2, 1.0)]
     first.append({"kind": "end", "step": 2, "epoch": 1.0, "reason": "preempted", "train_seconds": 16.8})
-    run = make_run(tmp_path / "killed", lines([*first, start(2)]))
+    run = make_run(tmp_path / "killed", lines([*first, resume(2)]))
     assert (summarize(run)["num_sessions"], summarize(run)["end"]) == (2, None)
     assert "still running or was killed" in write_report([run], tmp_path / "out").read_text()
     last = {"kind": "end", "step": 4, "epoch": 1.0, "reason": "finished", "train_seconds": 3.2}
-    run = make_run(tmp_path / "done", lines([*first, start(2), start(2), train(3, 1.0), train(4, 1.0), last]))
+    run = make_run(tmp_path / "done", lines([*first, resume(2), resume(2), train(3, 1.0), train(4, 1.0), last]))
     summary = summarize(run)
     assert (summary["num_sessions"], summary["end"], summary["wall_seconds"]) == (3, "finished", 20.0)
 
