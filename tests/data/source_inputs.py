@@ -18,6 +18,10 @@ def run(*arguments: Any, **options: Any) -> Manifest:
     return prepare(*arguments, **{"workers": 1, "quiet": True, **options})
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def shard_bytes(folder: Path) -> dict[str, bytes]:
     """The shards of a split, without the manifest."""
     files = {path.name: path.read_bytes() for path in sorted(folder.glob("*.h5"))}

@@ -131,7 +131,7 @@ def test_calibrations_of_all_kinds(tmp_path: Path) -> None:
     for content in (step_json(), [step_json(), allreduce_json()], {"step": step_json(), "allreduce": allreduce_json()}):
         path.write_text(json.dumps(content))
         assert load_calibration(path).steps == [step_json()]
-    path.write_text(json.dumps({"straggler_sigma": 0.5}))
+    path.write_text(json.dumps({"straggler_sigma": 0.5, "start_seconds": None, "fitted": None}))
     assert one(small_config(), 16, load_calibration(path)).step.straggler > 0.5
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain import jobs
 from hpctrain.scaling.study.gather import PARTS, gather
 
 pytestmark = pytest.mark.mpi
+
+FOLDER = Path(jobs.__file__).parent
 
 RECIPE = ["demo", "data.synthetic=true", "data.synthetic_records=640", "model.num_classes=10", "train.threads=1"]
 RECIPE += ["train.global_batch=16", "train.micro_batch=8"]
@@ -75,6 +78,15 @@ def test_a_failed_count_is_told_and_run_again_when_asked(tmp_path: Path) -> None
         "nodes-1-try-2",
     ]
     assert gather(tmp_path / "s").measured == []
+
+
+def test_a_launcher_that_is_missing_is_named(tmp_path: Path) -> None:
+    profile = (FOLDER / "sites" / "local.yaml").read_text().replace("launcher: mpirun", "launcher: mpiexec.hydra")
+    (tmp_path / "mine.yaml").write_text(profile.replace("name: local", "name: mine"))
+    words = ["demo", "--nodes", "1", "--mode", "strong", "--site", "./mine.yaml", "--out", "s", "data.synthetic=true"]
+    done = hpctrain(*words, cwd=tmp_path)
+    assert done.returncode == 2 and "mpiexec.hydra, which is to start the ranks, cannot be started" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 NAP = """

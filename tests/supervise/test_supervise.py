@@ -148,6 +148,9 @@ def test_a_launcher_that_cannot_choose_hosts_runs_without_recovery(supervise: Cl
     code, output = run.end()
     assert code == 9 and "running without recovery" in output and "ran " in output
     assert run.launches == []
+    code, output = supervise("run", "--launch", "nosuchlauncher -n 2").end()
+    assert code == 2 and "nosuchlauncher, which is to start the ranks, cannot be started" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,16 @@ def parse_calibration(content: Any, source: str = "calibration") -> Calibration:
     for key in ("straggler_sigma", "start_seconds"):
         if rest.get(key) is not None:
             _check(rest[key], f"{source}: {key}", zero_is_fine=True)
-    if not isinstance(rest.get("fitted", {}), dict):
-        raise UserError(f"{source}: fitted is {rest['fitted']!r}; it is what `hpctrain predict` wrote there")
+    fitted = rest.get("fitted")
+    if fitted is not None and not isinstance(fitted, dict):
+        raise UserError(f"{source}: fitted is {fitted!r}, expected what `hpctrain study report` writes there")
     return Calibration(
         source,
         steps,
         rest.get("allreduce"),
         rest.get("straggler_sigma"),
         rest.get("start_seconds"),
-        rest.get("fitted"),
+        fitted,
     )
 
 

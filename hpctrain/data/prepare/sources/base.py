@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from hpctrain.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SPLIT_NAMES = {"train", "val", "test", "validation"}  # of folders and tars that hold classes and are none
 
 
 class SourceImage(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hpctrain.data.prepare.sources.base import (
     IMAGE_SUFFIXES,
+    SPLIT_NAMES,
     ImageList,
     Listing,
     SourceImage,
@@ -32,7 +33,7 @@ class ClassFolders:
         folders, files = entries(self.root)
         if not folders:
             raise UserError(f"{self.root} has no folders; expected one folder per class, with its images inside")
-        if {folder.name for folder in folders} <= {"train", "val", "test", "validation"}:
+        if {folder.name for folder in folders} <= SPLIT_NAMES:
             raise UserError(
                 f"{self.root} holds {' and '.join(folder.name for folder in folders)} rather than one folder per "
                 f"class; give one of them as the input, for instance {folders[0].path}"

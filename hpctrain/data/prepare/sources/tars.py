@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from hpctrain.data.prepare.sources.base import IMAGE_SUFFIXES, ImageList, Listing, SourceImage, ignored_note, is_image
+from hpctrain.data.prepare.sources.base import (
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    ImageList,
+    Listing,
+    SourceImage,
+    ignored_note,
+    is_image,
+)
 from hpctrain.data.prepare.sources.files import OpenFiles, PlacedFile, in_threads
 from hpctrain.data.prepare.sources.folders import entries
 from hpctrain.data.prepare.sources.labels import label_images
@@ -120,7 +128,7 @@ def _list_class_tars(
             raise UserError(f"{where}: the tar of {class_name} holds a tar, {found.tars[0].name}; expected images")
     if not images:
         raise _no_images(where)
-    if classes <= {"train", "val", "test", "validation"}:
+    if classes <= SPLIT_NAMES:
         raise UserError(
             f"{where} holds tars of {' and '.join(sorted(classes))} rather than one tar per class; give one of them as "
             "the input"
