@@ -144,7 +144,7 @@ def measure_parts(
     part("start_up", lambda: _starts(found, quick, budget))
     profiled = [group for group in plan.GROUPS if group.model in plan.PROFILE and group.precision == "float32"]
     part("profile", lambda: parts.profile(profiled, until), in_quick=False)
-    part("input", lambda: parts.input_pipeline(600, rounds=3, seconds=2.0, until=until), in_quick=False)
+    part("input", lambda: parts.input_pipeline(600, rounds=8, seconds=0.6, until=until), in_quick=False)
 
 
 def _starts(found: dict[str, Any], quick: bool, budget: Budget) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ PADDING_SIZE, PADDING_GRAY = 8, 128  # side in pixels, and color, of the image t
 def make_decoder(encoding: str, micro_batch: int, image_size: int) -> Callable[[Any, Any, Any], Any]:
     """Return (images, boxes int32[k, 4], flips bool[k]) -> float32[k, S, S, 3]: cut out, resized, mirrored, normalized.
 
-    k is `micro_batch`. `images` are k JPEG files, (bytes uint8[n], offsets int64[k + 1]) with one after the other, of
+    k is `micro_batch`. `images` are k JPEG files that follow each other in (bytes uint8[n], offsets int64[k + 1]), of
     which only the box is decoded ("jpeg"), or uint8[k, height, width, 3] ("raw"). Resizing is bilinear, with pixel
     centers at half-integers. JPEGs are decoded with the fast integer transform and without smoothing colors, as
     benchmarks of TensorFlow have always done.

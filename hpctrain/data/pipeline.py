@@ -163,15 +163,28 @@ def input_pipeline(
     not match, or which cannot be decoded, becomes padding, so that ranks stay in step, and is listed in `bad_records`.
     `read_ahead_batches` batches are made before they are asked for, and the records of as many again are read.
     """
-    source = RecordSource(reader, samples, boxes, on_bad_record, read_ahead_batches)
+    source = RecordSource(reader, samples, boxes, on_bad_record, read_ahead_batches, threads)
     images: Any = (tf.TensorSpec([None], tf.uint8), tf.TensorSpec([None], tf.int64))
     if reader.encoding == "raw":
         images = tf.TensorSpec([None, *reader.image_shape], tf.uint8)
     rest = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, 4], tf.int32), tf.TensorSpec([None], tf.bool))
     decode = make_decoder(reader.encoding, micro_batch, image_size)
 
-    def to_batch(images: Any, labels: Any, boxes: Any, flips: Any) -> tuple[Any, Any]:
-        return decode(images, boxes, flips), tf.ensure_shape(labels, [micro_batch])
+    def numbered(*group: Any) -> Any:
+        """The group once for each of its batches, with the number of the batch: nothing is copied."""
+        labels = group[1]
+        batches = tf.data.Dataset.range(tf.size(labels, tf.int64) // micro_batch)
+        return tf.data.Dataset.zip((tf.data.Dataset.from_tensors(group).repeat(), batches))
+
+    def to_batch(group: Any, number: Any) -> tuple[Any, Any]:
+        images, labels, boxes, flips = group
+        first, last = number * micro_batch, (number + 1) * micro_batch
+        if reader.encoding == "raw":
+            images = images[first:last]
+        else:
+            packed, offsets = images
+            images = packed, offsets[first : last + 1]
+        return decode(images, boxes[first:last], flips[first:last]), tf.ensure_shape(labels[first:last], [micro_batch])
 
     options = tf.data.Options()
     options.deterministic = True
@@ -182,9 +195,9 @@ def input_pipeline(
 
     def dataset_from(first_batch: int) -> Any:
         dataset = tf.data.Dataset.from_generator(
-            lambda: source.batches(first_batch, micro_batch), output_signature=(images, *rest)
+            lambda: source.groups(first_batch, micro_batch), output_signature=(images, *rest)
         )
-        dataset = dataset.prefetch(1).map(to_batch, num_parallel_calls=threads, deterministic=True)
+        dataset = dataset.prefetch(1).flat_map(numbered).map(to_batch, num_parallel_calls=threads, deterministic=True)
         return dataset.prefetch(read_ahead_batches).with_options(options)
 
     return InputPipeline(dataset_from, source)

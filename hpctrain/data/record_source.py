@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,11 @@ from hpctrain.data.heap import keep_freed_memory
 from hpctrain.data.reader import Buffer, ShardReader, pack, parts
 from hpctrain.data.shard import DataError
 
+# TensorFlow takes several batches from Python at once, as each time costs 1 to 2 ms: as many as have this many records
+# or bytes, whichever is less.
+_GROUP_RECORDS, _GROUP_BYTES = 128, 12 << 20
+_GROUPS_BETWEEN = 4  # that are neither read ahead nor decoded: those that wait in TensorFlow and are taken apart
+
 PADDING = -1  # record number and label of what fills up a batch and counts for nothing
 
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]  # record numbers (or PADDING) and their epochs
@@ -28,30 +33,37 @@ BoxRule = Callable[
 
 @dataclass
 class RecordSource:
-    """Reads the records of one batch after the other and works out their boxes."""
+    """Reads the records of some batches at a time and works out their boxes.
+
+    `threads` are those that decode: what an error of theirs is about is looked for among all batches on their way.
+    """
 
     reader: ShardReader
     samples: Callable[[int], Iterable[Samples]]
     boxes: BoxRule
     on_bad_record: str
     read_ahead_batches: int
+    threads: int
     bad_records: set[int] = field(default_factory=set)
     _error: Exception | None = None
     _undecodable: set[int] = field(default_factory=set)
-    _recent: deque[NDArray[np.int64]] = field(default_factory=lambda: deque(maxlen=64))
+    _recent: deque[NDArray[np.int64]] = field(default_factory=deque)
 
-    def batches(self, first_batch: int, micro_batch: int) -> Iterator[tuple[Any, ...]]:
-        """Yield (images, labels int32[k], boxes int32[k, 4], flips bool[k]) of each batch from `first_batch` on.
+    def groups(self, first_batch: int, micro_batch: int) -> Iterator[tuple[Any, ...]]:
+        """Yield (images, labels int32[k], boxes int32[k, 4], flips bool[k]) of several batches, from `first_batch` on.
 
-        `images` are k JPEG files as a ShardReader packs them, or uint8[k, height, width, 3] where they are raw.
+        k is a multiple of `micro_batch`. `images` are k JPEG files as a ShardReader packs them, or uint8[k, height,
+        width, 3] where they are raw.
         """
         keep_freed_memory()
         readers = ThreadPoolExecutor(self.read_ahead_batches, "read")
         loading: deque[Future[tuple[Any, ...]]] = deque()
         try:
-            # Several batches are read at once: a parallel file system answers slowly, but many requests at a time.
-            for records, epochs in self._samples_of_batches(first_batch, micro_batch):
+            # Several groups are read at once: a parallel file system answers slowly, but many requests at a time.
+            for records, epochs in self._samples_of_groups(first_batch, micro_batch):
                 self._recent.append(records)
+                while len(self._recent) > 2 * self.read_ahead_batches + self.threads + _GROUPS_BETWEEN:
+                    self._recent.popleft()
                 loading.append(readers.submit(self._load, records, epochs))
                 if len(loading) > self.read_ahead_batches:
                     yield loading.popleft().result()
@@ -62,6 +74,14 @@ class RecordSource:
             raise
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
+
+    def _samples_of_groups(self, first_batch: int, micro_batch: int) -> Iterator[Samples]:
+        manifest = self.reader.manifest
+        most = min(_GROUP_RECORDS, _GROUP_BYTES * manifest.num_records // manifest.num_bytes)
+        batches = self._samples_of_batches(first_batch, micro_batch)
+        while group := list(islice(batches, max(1, most // micro_batch))):
+            records, epochs = zip(*group, strict=True)
+            yield np.concatenate(records), np.concatenate(epochs)
 
     def _samples_of_batches(self, first_batch: int, micro_batch: int) -> Iterator[Samples]:
         for records, epochs in self.samples(first_batch):
@@ -80,7 +100,7 @@ class RecordSource:
         return images, labels, boxes, flips
 
     def _read(self, records: NDArray[np.int64], real: NDArray[np.int64]) -> tuple[Any, NDArray[np.bool_]]:
-        """Return the images of a batch, with padding where a record is not real or not good, and which are good."""
+        """Return the images of a group, with padding where a record is not real or not good, and which are good."""
         wanted, verify = records[real], self.on_bad_record == "error"
         packed, offsets = self.reader.read_packed(wanted, verify)
         good = np.ones(len(wanted), np.bool_)

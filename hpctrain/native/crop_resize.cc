@@ -67,23 +67,25 @@ std::vector<Place> Places(int64_t outputs, int64_t inputs) {
   return places;
 }
 
-FOR_EACH_CPU void BlendRows(const uint8_t* upper, const uint8_t* lower, float weight, int64_t count, float* row) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float a = static_cast<float>(upper[i]);
-    row[i] = a + (static_cast<float>(lower[i]) - a) * weight;
-  }
-}
-
 Pixel Load(const float* from) {
   Pixel pixel;
   std::memcpy(&pixel, from, sizeof(pixel));
   return pixel;
 }
 
+// Where the floats of four output pixels come from: from the 32 after `first`, at `lower` and `upper`.
+struct Four {
+  int32_t first;
+  int32_t lower[16], upper[16];
+  float weight[16];
+};
+
+constexpr int kFour = 4, kFourFloats = kFour * kChannels, kReach = 32;
+
 // The columns of an output row: places count floats.
 struct Columns {
   std::vector<Place> places;
-  std::vector<float> weights;  // of each place four times, as a pixel is four floats
+  std::vector<Four> fours;  // of the first pixels, as far as 32 floats reach
 
   Columns(int64_t outputs, int64_t inputs, bool flip) : places(Places(outputs, inputs)) {
     for (Place& place : places) {
@@ -91,18 +93,28 @@ struct Columns {
       place.upper *= kChannels;
     }
     if (flip) std::reverse(places.begin(), places.end());
-    weights.reserve(4 * places.size());
-    for (const Place& place : places) weights.insert(weights.end(), 4, place.weight);
+    fours.reserve(places.size() / kFour);
+    for (size_t x = 0; x + kFour <= places.size() && AddFour(places.data() + x); x += kFour) {
+    }
   }
 
   int64_t size() const { return static_cast<int64_t>(places.size()); }
-};
 
-inline void BlendPixel(const float* row, const Place& place, Pixel scale, Pixel shift, float* out, size_t bytes) {
-  const Pixel a = Load(row + place.lower), b = Load(row + place.upper);
-  const Pixel value = (a + (b - a) * place.weight) * scale + shift;
-  std::memcpy(out, &value, bytes);
-}
+ private:
+  bool AddFour(const Place* four) {
+    const int32_t first = std::min(four[0].lower, four[kFour - 1].lower);
+    if (std::max(four[0].upper, four[kFour - 1].upper) + kChannels > first + kReach) return false;
+    Four& added = fours.emplace_back();
+    added.first = first;
+    for (int i = 0; i < kFourFloats; ++i) {
+      const Place& place = four[i / kChannels];
+      added.lower[i] = place.lower - first + i % kChannels;
+      added.upper[i] = place.upper - first + i % kChannels;
+      added.weight[i] = place.weight;
+    }
+    return true;
+  }
+};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 bool HasAvx512() {
@@ -114,38 +126,60 @@ const bool kAvx512 = HasAvx512();
 
 #pragma GCC push_options
 #pragma GCC target("avx512f")
-// Four pixels from there on, each in four floats.
-inline __m512 Gather(const float* row, int32_t first, int32_t second, int32_t third, int32_t fourth) {
-  __m512 pixels = _mm512_castps128_ps512(_mm_loadu_ps(row + first));
-  pixels = _mm512_insertf32x4(pixels, _mm_loadu_ps(row + second), 1);
-  pixels = _mm512_insertf32x4(pixels, _mm_loadu_ps(row + third), 2);
-  return _mm512_insertf32x4(pixels, _mm_loadu_ps(row + fourth), 3);
+// Blends sixteen floats of two rows at a time and returns how many.
+int64_t BlendSixteens(const uint8_t* upper, const uint8_t* lower, float weight, int64_t count, float* row) {
+  const __m512 weights = _mm512_set1_ps(weight);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m128i above = _mm_loadu_si128(reinterpret_cast<const __m128i*>(upper + i));
+    const __m128i below = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lower + i));
+    const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(above));
+    const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(below));
+    _mm512_storeu_ps(row + i, _mm512_add_ps(a, _mm512_mul_ps(_mm512_sub_ps(b, a), weights)));
+  }
+  return i;
 }
 
-// Blends four pixels at a time, as long as there is room for the four floats that are written after them; returns how
-// many.
+// Blends four pixels of a row at a time, as long as there is room for the four floats that are written after them;
+// returns how many.
 int64_t BlendFours(const float* row, const Columns& columns, Pixel scale, Pixel shift, int64_t room, float* out) {
-  const __m512 scales = _mm512_broadcast_f32x4(reinterpret_cast<__m128>(scale));
-  const __m512 shifts = _mm512_broadcast_f32x4(reinterpret_cast<__m128>(shift));
-  const __m512i close = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15);
-  const Place* const places = columns.places.data();
-  int64_t x = 0;
-  for (; x + 4 <= columns.size() && x * kChannels + 16 <= room; x += 4) {
-    const __m512 a = Gather(row, places[x].lower, places[x + 1].lower, places[x + 2].lower, places[x + 3].lower);
-    const __m512 b = Gather(row, places[x].upper, places[x + 1].upper, places[x + 2].upper, places[x + 3].upper);
-    const __m512 weighted = _mm512_mul_ps(_mm512_sub_ps(b, a), _mm512_loadu_ps(columns.weights.data() + 4 * x));
-    const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_add_ps(a, weighted), scales), shifts);
-    _mm512_storeu_ps(out + x * kChannels, _mm512_permutexvar_ps(close, value));
+  const __m512i channels = _mm512_setr_epi32(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0);
+  const __m512 scales = _mm512_permutexvar_ps(channels, _mm512_broadcast_f32x4(reinterpret_cast<__m128>(scale)));
+  const __m512 shifts = _mm512_permutexvar_ps(channels, _mm512_broadcast_f32x4(reinterpret_cast<__m128>(shift)));
+  float* const end = out + room - 16;
+  const float* const begin = out;
+  for (const Four& four : columns.fours) {
+    if (out > end) break;
+    const __m512 near = _mm512_loadu_ps(row + four.first), far = _mm512_loadu_ps(row + four.first + 16);
+    const __m512 a = _mm512_permutex2var_ps(near, _mm512_loadu_si512(four.lower), far);
+    const __m512 b = _mm512_permutex2var_ps(near, _mm512_loadu_si512(four.upper), far);
+    const __m512 value = _mm512_add_ps(a, _mm512_mul_ps(_mm512_sub_ps(b, a), _mm512_loadu_ps(four.weight)));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(value, scales), shifts));
+    out += kFourFloats;
   }
-  return x;
+  return (out - begin) / kChannels;
 }
 #pragma GCC pop_options
 #else
 constexpr bool kAvx512 = false;
+int64_t BlendSixteens(const uint8_t*, const uint8_t*, float, int64_t, float*) { return 0; }
 int64_t BlendFours(const float*, const Columns&, Pixel, Pixel, int64_t, float*) { return 0; }
 #endif
 
-// `row` has one float more than its pixels. Pixels are written with a fourth float each, or four floats after four
+FOR_EACH_CPU void BlendRows(const uint8_t* upper, const uint8_t* lower, float weight, int64_t count, float* row) {
+  for (int64_t i = kAvx512 ? BlendSixteens(upper, lower, weight, count, row) : 0; i < count; ++i) {
+    const float a = static_cast<float>(upper[i]);
+    row[i] = a + (static_cast<float>(lower[i]) - a) * weight;
+  }
+}
+
+inline void BlendPixel(const float* row, const Place& place, Pixel scale, Pixel shift, float* out, size_t bytes) {
+  const Pixel a = Load(row + place.lower), b = Load(row + place.upper);
+  const Pixel value = (a + (b - a) * place.weight) * scale + shift;
+  std::memcpy(out, &value, bytes);
+}
+
+// `row` has kReach floats more than its pixels. Pixels are written with a fourth float each, or four floats after four
 // pixels, which the next ones overwrite; only after the last pixel of an image is no room for that.
 void BlendColumns(const float* row, const Columns& columns, Pixel scale, Pixel shift, bool last_row, float* out) {
   const int64_t before_last = columns.size() - 1, floats = columns.size() * kChannels;
@@ -168,7 +202,7 @@ void CropResize(const Target& target, const Image& image, const int32_t* box, bo
   const Columns columns(target.size, width, flip);
   const Pixel scale = {target.scale[0], target.scale[1], target.scale[2], 0.0f};
   const Pixel shift = {target.shift[0], target.shift[1], target.shift[2], 0.0f};
-  row->resize(width * kChannels + 1);
+  row->resize(width * kChannels + kReach);
   for (int64_t y = 0; y < target.size; ++y) {
     BlendRows(pixels + rows[y].lower * row_length, pixels + rows[y].upper * row_length, rows[y].weight,
               width * kChannels, row->data());
@@ -255,8 +289,8 @@ class DecodeCropResize : public ToBatch {
     const auto bytes = context->input(0).flat<uint8_t>();
     const auto offsets = context->input(1).flat<int64_t>();
     const int64_t count = offsets.size() - 1;
-    OP_REQUIRES(context, count >= 0 && offsets(0) == 0 && offsets(count) == bytes.size() && Rise(offsets),
-                absl::InvalidArgumentError("offsets are to rise from 0 to the number of bytes"));
+    OP_REQUIRES(context, count >= 0 && offsets(0) >= 0 && offsets(count) <= bytes.size() && Rise(offsets),
+                absl::InvalidArgumentError("offsets are to rise from 0 at least to the number of bytes at most"));
     float* out;
     OP_REQUIRES_OK(context, Start(context, count, &out));
     std::vector<uint8_t> pixels;

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from hpctrain.data import ShardReader, ShardWriter, decode
+from hpctrain.data import ShardReader, ShardWriter, decode, record_source
 from hpctrain.data.augment import central_boxes, training_boxes
 from hpctrain.data.decode import MEAN_RGB, STDDEV_RGB
 from hpctrain.data.manifest import Manifest
@@ -116,6 +116,17 @@ def test_the_number_of_threads_changes_nothing(reader: ShardReader) -> None:
     one = train_batches(reader, order, threads=1)
     assert_same(one, train_batches(reader, order, threads=2))
     assert_same(one, train_batches(reader, order, threads=5, micro_batch=12))
+
+
+@pytest.mark.parametrize("group_records", [1, 8, 9])
+def test_how_many_batches_are_handed_over_at_once_changes_nothing(
+    reader: ShardReader, group_records: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train_batches(reader, SampleOrder(RECORDS, 12), threads=2, last_step=5)
+    monkeypatch.setattr(record_source, "_GROUP_RECORDS", group_records)
+    found = train_batches(reader, SampleOrder(RECORDS, 12), threads=2, last_step=5)
+    assert len(found) == len(expected) == 15  # three a step
+    assert_same(found, expected)
 
 
 def test_ranks_get_the_slices_of_the_global_batch(reader: ShardReader) -> None:

@@ -117,7 +117,15 @@ def test_too_few_boxes_are_an_error() -> None:
         run_files([image_bytes(0, 20, 20)] * 2, [[0, 0, 4, 4]], [False], 8)
 
 
-@pytest.mark.parametrize("offsets", [[], [0], [1, 9], [0, 8], [0, 10], [0, 5, 3, 9], [0, -1, 9], [0, 2**62, 9]])
+def test_files_may_lie_amid_other_bytes() -> None:
+    files = [image_bytes(i, 20, 20) for i in range(4)]
+    packed, offsets = pack(files)
+    boxes, attributes = [[0, 0, 9, 9], [1, 2, 19, 18]], {"size": 8, "scale": SCALE, "shift": SHIFT}
+    found = operations().hpctrain_decode_crop_resize(packed, offsets[1:4], boxes, [False, True], **attributes)
+    np.testing.assert_array_equal(found, run_files(files[1:3], boxes, [False, True], 8))
+
+
+@pytest.mark.parametrize("offsets", [[], [-1, 9], [0, 10], [0, 5, 3, 9], [0, -1, 9], [0, 2**62, 9], [10], [10, 10]])
 def test_offsets_that_do_not_cut_the_bytes_into_files_are_an_error(offsets: list[int]) -> None:
     boxes, flips = np.zeros((len(offsets) - 1 if offsets else 0, 4), np.int32), [False] * (len(offsets) - 1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="offsets"):
