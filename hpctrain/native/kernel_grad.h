@@ -45,6 +45,9 @@ struct Convolution {
   int64_t phases_high() const { return std::min(stride, kernel_height); }
   int64_t phases_wide() const { return std::min(stride, kernel_width); }
   int64_t phases() const { return phases_high() * phases_wide(); }
+  // Of x, as far as a tap reads it: what lies beyond may be infinite.
+  int64_t read_height() const { return std::min(height, (out_height - 1) * stride + kernel_height - top); }
+  int64_t read_width() const { return std::min(width, (out_width - 1) * stride + kernel_width - left); }
 };
 
 // How many zeros are before (after) the pixels of x in a line of `length` places of the grid, whatever the phase.
@@ -157,10 +160,11 @@ INLINE __mmask32 First(int64_t channels) { return channels >= 32 ? 0xffffffffu :
 inline void LayOutTurned(const Convolution& of, const Grid& grid, const Band& band, int64_t phase, int64_t begin,
                          const Bits* x, const Bits* zeros, Bits* turned) {
   const int64_t phase_row = phase / of.phases_wide(), phase_column = phase % of.phases_wide();
+  const int64_t height = of.read_height(), width = of.read_width();
   const Bits* pixels[kPositions];
   ForPositions(grid, band.begin + begin, [&](int64_t number, int64_t image, int64_t row, int64_t column) {
     const int64_t y = row * of.stride + phase_row - of.top, at = column * of.stride + phase_column - of.left;
-    const bool inside = image < of.images && y >= 0 && y < of.height && at >= 0 && at < of.width;
+    const bool inside = image < of.images && y >= 0 && y < height && at >= 0 && at < width;
     pixels[number] = inside ? x + ((image * of.height + y) * of.width + at) * of.pixel : zeros;
   });
   for (int64_t channel = 0; channel < of.channels_in; channel += 32) {

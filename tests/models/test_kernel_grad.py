@@ -87,6 +87,14 @@ def test_numbers_that_are_not_finite_are_not_hidden() -> None:
     assert np.isfinite(np.delete(found, 3, axis=2)).all()
 
 
+def test_what_no_tap_reads_does_not_matter() -> None:
+    case = (2, 6, 8, 16, 16, 3, 3, 2, "VALID")  # of 6 rows and 8 columns the first 5 and 7 are read
+    x, dy = (value.numpy() for value in problem(case))
+    wanted = computed(case, x, dy)
+    x[:, 5], x[:, :, 7] = np.inf, np.nan
+    np.testing.assert_array_equal(computed(case, x, dy), wanted)
+
+
 @pytest.mark.parametrize(
     ("x", "dy", "options"),
     [
