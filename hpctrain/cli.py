@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from hpctrain import __version__
-from hpctrain.errors import UserError, nearest
+from hpctrain.errors import UserError, nearest, not_permitted
 
 
 class _Verbs(click.Group):
@@ -302,6 +302,10 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("hpctrain: interrupted", file=sys.stderr)
         sys.exit(130)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _fail(not_permitted(error))
     except BrokenPipeError:  # `hpctrain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend, and the help that goes into their one sentence."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -18,6 +19,11 @@ def cannot_start(launcher: str, error: OSError) -> UserError:
         f"{launcher}, which is to start the ranks, cannot be started ({error.strerror}); "
         "load the module that brings it, or name another launcher"
     )
+
+
+def not_permitted(error: PermissionError) -> str:
+    """Return what to say where a file or folder may not be used; it is named in `error.filename`."""
+    return f"cannot use {os.fsdecode(error.filename)}: {error.strerror}; change its permissions or choose another one"
 
 
 def nearest(name: str, choices: Iterable[str], limit: int = 3) -> str:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,19 @@ SMALL = ["data.synthetic=true", "data.synthetic_records=32", "model.image_size=1
 SMALL += ["train.global_batch=16", "train.micro_batch=8", "train.epochs=1", "schedule.warmup_epochs=0"]
 
 
-def hpctrain(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def hpctrain(
+    *arguments: str, python: Sequence[str] = (), launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run the program to its end, as one process outside of any launcher."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM", "PMI"))}
     environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [sys.executable, *python, "-m", "hpctrain", *arguments]
+    command = [*launcher, sys.executable, *python, "-m", "hpctrain", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120, check=False)
 
 
-def sentence(*arguments: str) -> str:
+def sentence(*arguments: str, launcher: Sequence[str] = ()) -> str:
     """The one line that a mistake is answered with on stderr."""
-    done = hpctrain(*arguments)
+    done = hpctrain(*arguments, launcher=launcher)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -87,6 +91,24 @@ def test_mistakes(arguments: list[str], words: list[str]) -> None:
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in sentence("train", "demo", f"data.path={tmp_path}/none")
+
+
+# Root may use everything, unless it gives that up; `setpriv` is of util-linux.
+AS_OTHERS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(AS_OTHERS) and shutil.which(AS_OTHERS[0]) is None, reason="root without setpriv")
+@pytest.mark.parametrize("command", ["data info {}", "data verify {}", "evaluate {}/closed", "train demo data.path={}"])
+def test_what_may_not_be_used(command: str, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (closed / "dataset.json").touch()
+    closed.chmod(0)
+    try:
+        text = sentence(*command.format(tmp_path).split(), launcher=AS_OTHERS)
+    finally:
+        closed.chmod(0o700)
+    assert str(closed) in text and "ermission" in text
 
 
 def test_data_without_shards(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from hpctrain.data.atomic import write_file
 from hpctrain.data.shard import (
@@ -68,6 +69,11 @@ class Manifest:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def classes_checksum(self) -> str:
+        """A CRC-32 of the class names in their order: the same where the same number means the same class."""
+        return f"{crc32(json.dumps(self.class_names).encode()):08x}"
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], check_files: bool = False) -> "Manifest":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from hpctrain.errors import UserError
+from hpctrain.errors import UserError, not_permitted
 from hpctrain.parallel.deadline import ends_within
 from hpctrain.parallel.launch import Place, Plan, launcher_rank, launcher_size, plan_rank, set_environment, this_place
 
@@ -148,6 +148,8 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
         elif type(error).__name__ in _OUT_OF_MEMORY:
             cure = "take a smaller train.micro_batch or fewer ranks a node, and start again"
             end_job(f"hpctrain: out of memory ({_where()}): {_first_line(error)}; {cure}", 1)
+        elif isinstance(error, PermissionError) and error.filename is not None:
+            end_with_mistake(not_permitted(error))
         else:
             traceback.print_exc()
             end_job(f"hpctrain: {type(error).__name__}: {_first_line(error)} ({_where()})", 1)

@@ -20,6 +20,11 @@ class DataSet:
     num_records: int
     num_classes: int
 
+    @property
+    def classes_checksum(self) -> str:
+        """Of the names of the classes; empty for made-up images."""
+        return self.train.manifest.classes_checksum if self.train is not None else ""
+
 
 def open_split(
     directory: str | Path,

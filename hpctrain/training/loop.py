@@ -96,7 +96,7 @@ class _Run:
         self.model_variables = [*self.model.trainable_variables, *model_state(self.model)]
         self.variables = [*self.model_variables, *self.optimizer.variables]
 
-        self.identity = run_identity(config, data.num_records, data.num_classes)
+        self.identity = run_identity(config, data.num_records, data.num_classes, data.classes_checksum)
         self.path, self.done, losses = world.from_root(lambda: self._open(run_dir, resume, cleanup))
         self.bad_steps = BadSteps(config.train.loss_spike, losses)
         self.evaluation_seconds = 0.0  # what the last one took

@@ -15,6 +15,8 @@ from hpctrain.training.checkpoint import (
 )
 from hpctrain.training.run_dir import read_metrics
 
+CLASSES = "checksum of the class names"
+
 
 def find_checkpoint(run_dir: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint to start from (None for a new run) and complaints about damaged ones passed over."""
@@ -53,8 +55,8 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     return checkpoint, complaints
 
 
-def run_identity(config: Config, num_records: int, num_classes: int) -> dict[str, Any]:
-    """What must be the same for a run to go on exactly where a checkpoint left off."""
+def run_identity(config: Config, num_records: int, num_classes: int, classes_checksum: str) -> dict[str, Any]:
+    """What must be the same for a run to go on exactly where a checkpoint left off. "" says nothing of the classes."""
     return {
         "model.name": config.model.name,
         "model.image_size": config.model.image_size,
@@ -69,6 +71,7 @@ def run_identity(config: Config, num_records: int, num_classes: int) -> dict[str
         "data.augmentation": config.data.augmentation,
         "number of training records": num_records,
         "model.num_classes": num_classes,
+        **({CLASSES: classes_checksum} if classes_checksum else {}),
     }
 
 

@@ -15,7 +15,7 @@ from hpctrain.parallel.world import World
 from hpctrain.training import session
 from hpctrain.training.checkpoint import Checkpoint, arrays_to_variables
 from hpctrain.training.dataset import skipped_records
-from hpctrain.training.resume import load_checkpoint
+from hpctrain.training.resume import CLASSES, load_checkpoint
 from hpctrain.training.step import model_state
 
 
@@ -24,16 +24,20 @@ def evaluate_checkpoint(config: Config, world: World, reader: ShardReader, path:
     session.configure_tensorflow(config, world.plan.threads)
     found: list[Checkpoint] = []  # on rank 0
 
-    def load() -> tuple[int, int]:
+    def load() -> tuple[int, int, str | None]:
         checkpoint, complaints = load_checkpoint(path)
         for complaint in complaints:
             print(f"warning: {complaint}; taking an earlier checkpoint", file=sys.stderr)
         found.append(checkpoint)
-        return checkpoint.step, _num_classes(checkpoint, path)
+        return checkpoint.step, _num_classes(checkpoint, path), checkpoint.run.get(CLASSES)
 
-    step, num_classes = world.from_root(load)
+    step, num_classes, trained_on = world.from_root(load)
     if reader.num_classes > num_classes:
         raise UserError(f"the data has {reader.num_classes} classes, the model was trained on {num_classes}")
+    if trained_on not in (None, reader.manifest.classes_checksum):
+        raise UserError(
+            "the data does not have the classes that the model was trained on: the same number means another one there"
+        )
     model = session.build_model(config, num_classes)
     variables = [*model.trainable_variables, *model_state(model)]
     world.from_root(lambda: arrays_to_variables(found[0].model, variables, "model"))

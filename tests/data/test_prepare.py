@@ -68,6 +68,8 @@ def test_complete_data_set_is_left_alone_and_other_options_are_refused(make_tree
     lines: list[str] = []
     run(tree, out, "train", shards=4, quiet=False, echo=lines.append)
     assert "complete already" in lines[-1]
+    run(tree, out, "train", shards=4, quiet=False, echo=lines.append, decode=True)
+    assert "complete already" in lines[-2] and f"data verify --decode {out / 'train'}" in lines[-1]
     assert {path: path.stat().st_mtime_ns for path in (out / "train").iterdir()} == before
     with pytest.raises(UserError, match=r"num_shards 4, now 2.*--overwrite"):
         run(tree, out, "train", shards=2)

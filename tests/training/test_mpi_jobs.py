@@ -165,6 +165,16 @@ def test_evaluate_gives_the_same_bits_on_any_ranks(shards: Path, launcher: Launc
         result = json.loads(outcome.stdout)
         assert result["num_images"] == VAL_IMAGES
         assert (result["loss"], result["top1"], result["top5"]) == logged
+    others = shutil.copytree(shards, tmp_path / "others")
+    for split in ("train", "val"):  # of which only the names differ
+        manifest = json.loads((others / split / "dataset.json").read_text())
+        manifest["class_names"] = manifest["class_names"][::-1]
+        (others / split / "dataset.json").write_text(json.dumps(manifest))
+    for arguments in (["evaluate", str(run_dir), "--data", str(others)], ["train", "demo", f"--run-dir={run_dir}"]):
+        if arguments[0] == "train":
+            arguments += [f"data.path={others}", *EXACT, "train.steps=8", "--resume", "auto"]
+        outcome = launcher.run(1, *arguments)
+        assert outcome.code == 2 and "class" in outcome.stderr and "Traceback" not in outcome.stderr, outcome
 
 
 @pytest.mark.parametrize(

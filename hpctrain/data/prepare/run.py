@@ -85,6 +85,8 @@ def prepare(
     images, plan, finished = on_first(group, start)
     if finished is not None:
         say(f"{folder} is complete already: {finished.num_records:,} records in {len(finished.shards)} shards")
+        if decode:
+            say(f"no image was decoded; `hpctrain data verify --decode {folder}` decodes those of the shards")
         return finished
     while True:
         outcomes = _make_shards(plan, images, decode, workers, group, quiet)
