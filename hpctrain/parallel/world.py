@@ -23,6 +23,7 @@ _LAUNCHER_READS_SECONDS = 0.5
 _MESSAGE_BYTES = 2**30  # older MPIs count what is in a message by 32 bits
 _OUT_OF_MEMORY = ("MemoryError", "ResourceExhaustedError")  # the latter is TensorFlow's
 _END_SECONDS = 5  # then the system ends the process
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 20e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,34 @@ class World:
                 outcome = (True, make())
             except UserError as error:
                 outcome = (False, str(error))
-        good, value = self.comm.bcast(outcome, root=0)
+        good, value = self.broadcast(outcome)
         if not good:
             raise UserError(value)
         return value
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every rank."""
+        self.barrier()
         return value if self.size == 1 else self.comm.bcast(value, root=0)
 
     def copy_from_root(self, array: Any) -> None:
         """Overwrite a contiguous NumPy array of any dtype with rank 0's, of the same shape and dtype."""
         if self.size == 1:
             return
+        self.barrier()
         data = array.reshape(-1).view("uint8")
         for start in range(0, len(data), _MESSAGE_BYTES):
             self.comm.Bcast(data[start : start + _MESSAGE_BYTES], root=0)
 
     def allgather(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank."""
+        self.barrier()
         return [value] if self.size == 1 else self.comm.allgather(value)
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, asleep. What they do together begins with this, as ranks may come minutes apart."""
         if self.size > 1:
-            self.comm.Barrier()
+            sleep_until(self.comm.Ibarrier().Test)
 
     def agree(self) -> "World":
         """Raise UserError on every rank when the launcher started more ranks than MPI knows of; else return self."""
@@ -92,6 +96,19 @@ class World:
                 "use the launcher this MPI was built for (mpirun of the same MPI, or srun --mpi=pmix)"
             )
         return self
+
+
+def sleep_until(done: Callable[[], bool]) -> None:
+    """Return once `done` is true, asked after pauses of a millisecond at most.
+
+    MPI's own waiting takes a core, and where it yields it, some kernels are thrown off by so many yields: on Linux 6.18
+    the kernel's own threads, which finish writes to files, did not run for minutes while a rank waited beside busy
+    processes, for a rank that waited for such a write.
+    """
+    pause = _SHORTEST_PAUSE_SECONDS
+    while not done():
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def alone(threads: int = 1) -> World:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import UserError
+from hpctrain.parallel.world import sleep_until
 
 BLOCK_BYTES = 16 << 20  # of one read on the shared file system and of one broadcast
 # What busy parallel file systems answer now and then, and what a second try usually cures.
@@ -90,6 +91,7 @@ class Route:
     def pass_on(self, view: memoryview) -> Iterator[None]:
         """Fill the view with the reader's bytes, let the caller use it once, and wait until it may be overwritten."""
         if not self.reads:
+            sleep_until(lambda: self._comm.Iprobe(self._parent, _TAG))  # the file system may be slow
             self._comm.Recv(view, self._parent, _TAG)
         sends = [self._comm.Isend(view, child, _TAG) for child in self._children]
         yield

@@ -36,6 +36,9 @@ class Channels:
 
                 return Request()
 
+            def Iprobe(self, other: int, tag: int) -> bool:
+                return not channels._queues[other, rank].empty()
+
             def Recv(self, view: memoryview, other: int, tag: int) -> None:
                 content = channels._queues[other, rank].get(timeout=20)
                 assert len(content) == len(view)
