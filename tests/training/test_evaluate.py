@@ -100,6 +100,13 @@ class Threads:
         def __init__(self, all_: "Threads", rank: int) -> None:
             self.all, self.rank = all_, rank
 
+        def Ibarrier(self) -> "Threads.Rank":
+            self.all.barrier.wait()
+            return self
+
+        def Test(self) -> bool:
+            return True
+
         def allgather(self, value: Any) -> list[Any]:
             self.all.values[self.rank] = value
             self.all.barrier.wait()
