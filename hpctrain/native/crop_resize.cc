@@ -146,18 +146,17 @@ int64_t BlendFours(const float* row, const Columns& columns, Pixel scale, Pixel 
   const __m512i channels = _mm512_setr_epi32(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0);
   const __m512 scales = _mm512_permutexvar_ps(channels, _mm512_broadcast_f32x4(reinterpret_cast<__m128>(scale)));
   const __m512 shifts = _mm512_permutexvar_ps(channels, _mm512_broadcast_f32x4(reinterpret_cast<__m128>(shift)));
-  float* const end = out + room - 16;
-  const float* const begin = out;
+  int64_t x = 0;
   for (const Four& four : columns.fours) {
-    if (out > end) break;
+    if (x * kChannels + 16 > room) break;
     const __m512 near = _mm512_loadu_ps(row + four.first), far = _mm512_loadu_ps(row + four.first + 16);
     const __m512 a = _mm512_permutex2var_ps(near, _mm512_loadu_si512(four.lower), far);
     const __m512 b = _mm512_permutex2var_ps(near, _mm512_loadu_si512(four.upper), far);
     const __m512 value = _mm512_add_ps(a, _mm512_mul_ps(_mm512_sub_ps(b, a), _mm512_loadu_ps(four.weight)));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(value, scales), shifts));
-    out += kFourFloats;
+    _mm512_storeu_ps(out + x * kChannels, _mm512_add_ps(_mm512_mul_ps(value, scales), shifts));
+    x += kFour;
   }
-  return (out - begin) / kChannels;
+  return x;
 }
 #pragma GCC pop_options
 #else
