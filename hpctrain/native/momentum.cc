@@ -3,14 +3,18 @@
 // `optim/sgd.py` says what it computes. TensorFlow's operations take two passes for it, or a temporary gradient: an
 // update does next to no arithmetic, so its time is that of reading and writing.
 //
+// Where the ranks of a host have their variables in common, each computes a part of every one, where it lies.
+//
 // Results are the same on every CPU and for any number of threads: no fused multiply-add (-ffp-contract=off), and each
 // number is computed by the same operations in the same order.
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "each_cpu.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -45,6 +49,9 @@ class Momentum : public tf::OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("momentum", &rule_.momentum));
     OP_REQUIRES_OK(context, context->GetAttr("decay", &rule_.decay));
     OP_REQUIRES_OK(context, context->GetAttr("nesterov", &rule_.nesterov));
+    OP_REQUIRES_OK(context, context->GetAttr("part", &part_));
+    OP_REQUIRES_OK(context, context->GetAttr("parts", &parts_));
+    OP_REQUIRES(context, 0 <= part_ && part_ < parts_, absl::InvalidArgumentError("part is to be one of parts"));
   }
 
   void Compute(tf::OpKernelContext* context) override {
@@ -62,8 +69,8 @@ class Momentum : public tf::OpKernel {
 
     // In the order of their addresses, as all operations that take several: no two then wait for each other.
     const bool variable_first = std::less<>()(variable->mu(), buffer->mu());
-    const tf::mutex_lock first(*(variable_first ? variable : buffer)->mu());
-    const tf::mutex_lock second(*(variable_first ? buffer : variable)->mu());
+    const tf::mutex_lock lock(*(variable_first ? variable : buffer)->mu());
+    const tf::mutex_lock other_lock(*(variable_first ? buffer : variable)->mu());
     for (tf::Var* one : {variable.get(), buffer.get()}) {
       OP_REQUIRES(context, one->tensor()->IsInitialized() && one->tensor()->dtype() == tf::DT_FLOAT,
                   absl::FailedPreconditionError("variable and buffer are to hold float32 numbers"));
@@ -71,14 +78,25 @@ class Momentum : public tf::OpKernel {
                   absl::InvalidArgumentError(absl::StrCat("the gradient is ", gradient.shape().DebugString(), ", but its ",
                                                           one == buffer.get() ? "buffer " : "variable ",
                                                           one->tensor()->shape().DebugString())));
-      OP_REQUIRES_OK(context, MakeOwn(context, one->tensor()));
     }
-    const float* from = gradient.flat<float>().data();
-    float* weights = variable->tensor()->flat<float>().data();
-    float* moved = buffer->tensor()->flat<float>().data();
+    bool in_common, buffer_in_common;
+    OP_REQUIRES_OK(context, IsInCommon(context, *variable->tensor(), &in_common));
+    OP_REQUIRES_OK(context, IsInCommon(context, *buffer->tensor(), &buffer_in_common));
+    OP_REQUIRES(context, in_common == buffer_in_common,
+                absl::FailedPreconditionError("variable and buffer are both to be in common or both this rank's own"));
+    int64_t first = 0, end = gradient.NumElements();
+    if (in_common) {
+      first = BeginOf(part_, end);
+      end = BeginOf(part_ + 1, end);
+    } else {
+      for (tf::Var* one : {variable.get(), buffer.get()}) OP_REQUIRES_OK(context, MakeOwn(context, one->tensor()));
+    }
+    const float* from = gradient.flat<float>().data() + first;
+    float* weights = variable->tensor()->flat<float>().data() + first;
+    float* moved = buffer->tensor()->flat<float>().data() + first;
     const auto& threads = *context->device()->tensorflow_cpu_worker_threads();
-    tf::Shard(threads.num_threads, threads.workers, gradient.NumElements(), kCycles, [&](int64_t begin, int64_t end) {
-      Update(rule, from + begin, weights + begin, moved + begin, end - begin);
+    tf::Shard(threads.num_threads, threads.workers, end - first, kCycles, [&](int64_t begin, int64_t last) {
+      Update(rule, from + begin, weights + begin, moved + begin, last - begin);
     });
   }
 
@@ -93,8 +111,27 @@ class Momentum : public tf::OpKernel {
     return absl::OkStatus();
   }
 
+  // Whether the variable lies in the memory that the ranks of the host have in common.
+  static absl::Status IsInCommon(tf::OpKernelContext* context, const tf::Tensor& held, bool* in_common) {
+    *in_common = false;
+    if (context->num_inputs() <= 5) return absl::OkStatus();
+    tf::core::RefCountPtr<tf::Var> memory;
+    TF_RETURN_IF_ERROR(tf::LookupResource(context, tf::HandleFromInput(context, 5), &memory));
+    const absl::string_view all = memory->tensor()->tensor_data(), own = held.tensor_data();
+    *in_common = own.data() >= all.data() && own.data() + own.size() <= all.data() + all.size();
+    return absl::OkStatus();
+  }
+
+  // Where a part of so many numbers begins: parts are whole cache lines, about as many each.
+  int64_t BeginOf(int64_t part, int64_t count) const {
+    const int64_t lines = (count + kLine - 1) / kLine;
+    return std::min(count, lines * part / parts_ * kLine);
+  }
+
+  static constexpr int64_t kLine = 64 / sizeof(float);
   static constexpr int64_t kCycles = 5;  // a number takes: five times four bytes are read or written
   Rule rule_;
+  int part_, parts_;
 };
 
 REGISTER_OP("HpctrainMomentum")
@@ -103,6 +140,10 @@ REGISTER_OP("HpctrainMomentum")
     .Input("gradient: float")
     .Input("factor: float")
     .Input("rate: float")
+    .Input("memory: in_common * resource")
+    .Attr("in_common: int >= 0 = 0")
+    .Attr("part: int = 0")
+    .Attr("parts: int = 1")
     .Attr("momentum: float")
     .Attr("decay: float")
     .Attr("nesterov: bool")

@@ -143,6 +143,10 @@ class LARS(SGD):
         super().build(variables)
         self._trusted = tuple(not exclusion.is_left_out(self.exclude_from_trust, v) for v in variables)
 
+    def changed_in_place(self) -> list[Any]:
+        """See SGD."""
+        return super().changed_in_place() if self.adapt == "gradient" else []
+
     def _apply_updates(self, updates: list[Update], learning_rate: Any) -> None:
         if self.adapt == "gradient":
             super()._apply_updates(updates, learning_rate)

@@ -25,6 +25,22 @@ class Update(NamedTuple):
     position: int  # the variable's position in the list the optimizer was built with
 
 
+class HostPart(NamedTuple):
+    """Which part of each update is a rank's, where the ranks of a host have the variables in common."""
+
+    memory: Any  # tf.Variable over all bytes that they have in common, as `native.host_meeting` wants it
+    variables: list[Any]  # tf.Variables that lie in it
+    offsets: list[int]  # in bytes, of each
+    part: int
+    parts: int
+
+    def meet(self, variables: bool = False) -> None:
+        """Wait for the other ranks of the host; look whether the variables are still in common, if asked to."""
+        handles = [variable.handle for variable in self.variables] if variables else []
+        offsets = self.offsets if variables else []
+        native.host_meeting()(self.memory.handle, handles, ranks=self.parts, offsets=offsets)
+
+
 @keras.saving.register_keras_serializable(package="hpctrain")
 class SGD(keras.optimizers.Optimizer):
     """Momentum SGD whose weight decay is coupled: it is added to the gradient, as in Goyal et al. and Caffe.
@@ -81,6 +97,22 @@ class SGD(keras.optimizers.Optimizer):
         self.rate = rate
         self.momentum_correction = bool(momentum_correction)
         self.exclude_from_decay = exclusion.normalize("exclude_from_decay", exclude_from_decay)
+        self._host: HostPart | None = None
+
+    def changed_in_place(self) -> list[Any]:
+        """Return the tf.Variables that a step changes, number by number and in place; empty if it does not."""
+        variables = [v.value for v in [*self._trainable_variables, *self._buffers]]
+        alone = self.use_ema or self.gradient_accumulation_steps or any(v.constraint for v in self._trainable_variables)
+        fits = native.momentum() and native.host_meeting() and all(v.dtype == tf.float32 for v in variables)
+        return variables if fits and not alone else []
+
+    def share_host(self, host: HostPart) -> None:
+        """Change only a part of each variable in a step, as all ranks of the host do.
+
+        What `changed_in_place` returned lies in memory that they have in common. Each of them takes the next steps,
+        with the same gradients, when it is done with reading the variables. To be called before a step is traced.
+        """
+        self._host = host
 
     @property
     def _rate_inside(self) -> bool:
@@ -116,8 +148,15 @@ class SGD(keras.optimizers.Optimizer):
         )
 
     def _apply_updates(self, updates: list[Update], learning_rate: Any) -> None:
-        for update, factor in self._with_factors(updates, learning_rate):
+        with_factors = self._with_factors(updates, learning_rate)
+        if self._host:
+            # What has the same memory as an input is done in this order.
+            with tf.control_dependencies([factor for _, factor in with_factors if factor is not None]):
+                self._host.meet(variables=True)
+        for update, factor in with_factors:
             self._apply_update(update, factor, learning_rate)
+        if self._host:
+            self._host.meet()
 
     def _update_of(self, gradient: Any, variable: Any) -> Update:
         position = self._get_variable_index(variable)
@@ -146,6 +185,9 @@ class SGD(keras.optimizers.Optimizer):
                 gradient,
                 factor=-factor if self._rate_inside else factor,
                 rate=-tf.ones(()) if self._rate_inside else learning_rate,
+                memory=[self._host.memory.handle] if self._host else [],
+                part=self._host.part if self._host else 0,
+                parts=self._host.parts if self._host else 1,
                 momentum=self.momentum,
                 decay=decay,
                 nesterov=self.nesterov,

@@ -55,6 +55,20 @@ class Reducer:
         padded = tf.pad(tensor, [[0, max(0, self.world.size - count)]])
         return self._hvd.allreduce(padded, op=self._hvd.Sum, name=name)[:count]
 
+    @property
+    def looks(self) -> bool:
+        """Whether `summands_finite` can tell: not on a single rank, with compression, or with a Horovod as it comes."""
+        return self.world.size > 1 and self.compression == "none" and _horovod_operation("summands_finite") is not None
+
+    def summands_finite(self, sums: Sequence[Any]) -> Any:
+        """Return bool[]: whether all that this rank has given to sums since it last asked was finite.
+
+        It is told once `sums` are there. Horovod looks while it has the numbers in the cache, which costs less than
+        reading them for that.
+        """
+        with tf.control_dependencies(list(sums)):
+            return _horovod_operation("summands_finite")()
+
     def broadcast(self, variables: Sequence[Any]) -> None:
         """Overwrite the tf.Variables on every rank with rank 0's values.
 
@@ -111,6 +125,13 @@ class Reducer:
                 "select recursive doubling or Rabenseifner's algorithm for it (docs/architecture.md names the "
                 "variables of each MPI), or set train.deterministic=false"
             )
+
+
+def _horovod_operation(name: str) -> Any:
+    """Return an operation that our changes to Horovod bring, or None where it is without them."""
+    from horovod.tensorflow import mpi_ops
+
+    return getattr(mpi_ops.MPI_LIB, f"horovod_{name}", None)
 
 
 def _to_wire(tensor: Any, wire: Any) -> Any:

@@ -24,7 +24,7 @@ class GuardedStep(TrainStep):
 
     A step is bad if any rank's loss or gradient is not finite, whereupon its loss is NaN, or if its loss is above
     `limit`. A loss alone does not tell: the rectifiers of some libraries turn NaN into zero. Each rank looks through
-    its own gradients, which costs reading them once, and its finding travels in the loss that is reduced anyway.
+    its own gradients, on its own or as it sums them, and its finding travels in the loss that is reduced anyway.
     `norms` takes down those of the steps that are shown.
     """
 
@@ -47,15 +47,22 @@ class GuardedStep(TrainStep):
     def _reduce(self, payload: list[Any]) -> list[Any]:
         *gradients_and_state, metrics, vote = payload
         gradients, state = gradients_and_state[: len(self.weights)], gradients_and_state[len(self.weights) :]
-        totals = [tf.reduce_sum(gradient) for gradient in gradients]
-        # Read before it is reduced, so that the sum over ranks can take its place in memory.
-        gradients = [_after(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
-        total = tf.add_n([metrics[0], *totals])
-        loss = tf.where(tf.math.is_finite(total), metrics[0], float("nan"))
+        if self.reducer.looks:
+            sums = self.reducer.sum_gradients(gradients)
+            finite = self.reducer.summands_finite(sums)
+        else:
+            totals = [tf.reduce_sum(gradient) for gradient in gradients]
+            finite = tf.math.is_finite(tf.add_n(totals))
+            # Read before it is reduced, so that the sum over ranks can take its place in memory.
+            gradients = [_after(total, gradient) for total, gradient in zip(totals, gradients, strict=True)]
+            sums = self.reducer.sum_gradients(gradients)
+        loss = tf.where(tf.math.is_finite(metrics[0]) & finite, metrics[0], float("nan"))
         self._own_loss.assign(loss)
-        sums = super()._reduce([*gradients, *state, tf.stack([loss, metrics[1]]), vote])
-        self.norms.record(sums[: len(self.weights)])
-        return sums
+        small = self._sum_small([*state, tf.stack([loss, metrics[1]]), vote])
+        if self.reducer.looks:
+            self.reducer.summands_finite(small)  # what is in those is not to count in the next step
+        self.norms.record(sums)
+        return [*sums, *small]
 
     def _update(self, total: list[Any], rate: Any) -> Any:
         *_, metrics, votes = total

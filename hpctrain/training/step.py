@@ -15,6 +15,7 @@ import tensorflow as tf
 from hpctrain.data.hashing import hash64
 from hpctrain.parallel.buckets import merge_plan
 from hpctrain.parallel.reduce import Reducer
+from hpctrain.training.host_weights import share_weights
 
 Payload = list[Any]
 
@@ -64,12 +65,16 @@ class TrainStep:
         # TensorFlow optimizes each graph as a whole, and what stands beside an operation can change its rounding. So
         # for equal bits the parts are graphs of their own, the same on any number of ranks.
         self._finish = self._in_parts if deterministic else self._last_micro_batch_and_update
+        self._began = False
 
     def __call__(self, step: int, batches: Iterator[Any], learning_rate: float, stop: bool = False) -> StepResult:
         """Take optimizer step number `step` (from 1) with the next micro-batches of this rank.
 
         `stop` is this rank's vote for ending the run after this step; the result tells if anyone voted so.
         """
+        if not self._began:
+            share_weights(self.optimizer, self.reducer.world)
+            self._began = True
         first = (step - 1) * self.global_micro_batches + self.reducer.world.rank * self.micro_batches
         pending: list[Payload] = []
         for i in range(self.micro_batches - 1):
