@@ -110,7 +110,8 @@ class SGD(keras.optimizers.Optimizer):
         """Change only a part of each variable in a step, as all ranks of the host do.
 
         What `changed_in_place` returned lies in memory that they have in common. Each of them takes the next steps,
-        with the same gradients, when it is done with reading the variables. To be called before a step is traced.
+        with the same gradients, which all that reads the variables has come before. What somebody has read from them
+        without a copy changes then. To be called before a step is traced.
         """
         self._host = host
 
@@ -150,8 +151,10 @@ class SGD(keras.optimizers.Optimizer):
     def _apply_updates(self, updates: list[Update], learning_rate: Any) -> None:
         with_factors = self._with_factors(updates, learning_rate)
         if self._host:
-            # What has the same memory as an input is done in this order.
-            with tf.control_dependencies([factor for _, factor in with_factors if factor is not None]):
+            # When its gradients and factors are there, a rank has done with the old weights. What has the same memory
+            # as an input is done in this order.
+            used = [*(factor for _, factor in with_factors if factor is not None), *(u.gradient for u in updates)]
+            with tf.control_dependencies(used):
                 self._host.meet(variables=True)
         for update, factor in with_factors:
             self._apply_update(update, factor, learning_rate)

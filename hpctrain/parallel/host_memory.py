@@ -1,5 +1,6 @@
 """Memory that the ranks of one host have in common."""
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -66,10 +67,11 @@ def _open(process: int, number: int, token: bytes) -> int | None:
         file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return None
-    if os.pread(file, _TOKEN_BYTES, os.fstat(file).st_size - _TOKEN_BYTES) != token:
-        os.close(file)
-        return None
-    return file
+    with contextlib.suppress(OSError):  # of what is no file, or a shorter one
+        if os.pread(file, _TOKEN_BYTES, os.fstat(file).st_size - _TOKEN_BYTES) == token:
+            return file
+    os.close(file)
+    return None
 
 
 def _map(file: int, size_bytes: int, position: int, count: int) -> Any:

@@ -61,8 +61,9 @@ class GuardedStep(TrainStep):
         small = self._sum_small([*state, tf.stack([loss, metrics[1]]), vote])
         if self.reducer.looks:
             self.reducer.summands_finite(small)  # what is in those is not to count in the next step
-        self.norms.record(sums)
-        return [*sums, *small]
+        # Other ranks may change the weights as soon as this one goes on to the update.
+        with tf.control_dependencies([self.norms.record(sums)]):
+            return [*sums, *map(tf.identity, small)]
 
     def _update(self, total: list[Any], rate: Any) -> Any:
         *_, metrics, votes = total

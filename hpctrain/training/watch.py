@@ -30,7 +30,8 @@ def check_same_weights(step: int, variables: Sequence[Any], world: World) -> Non
 
     All ranks add the same sums to the same weights, so a difference means that a host computes or communicates wrongly,
     or in another way than the others. The error names the ranks that are unlike most, and the first variable in which
-    they are. One allgather of eight bytes a rank while all is well.
+    they are. Ranks of a host that have weights in common can only be unlike those of other hosts. One allgather of
+    eight bytes a rank while all is well.
     """
     if world.size == 1:
         return
@@ -40,14 +41,17 @@ def check_same_weights(step: int, variables: Sequence[Any], world: World) -> Non
     if len(set(digests)) == 1:
         return
     by_rank = np.stack(world.allgather(own))  # uint32[ranks, variables]
-    usual, count = Counter(digests).most_common(1)[0]
+    # Those of a host may have their weights in common, right or wrong, and so are one witness.
+    witnesses = Counter(bits for _, bits in {(p.host, bits) for p, bits in zip(world.places, digests, strict=True)})
+    ranks = Counter(digests)
+    usual = max(ranks, key=lambda bits: (witnesses[bits], ranks[bits]))
     reference = by_rank[digests.index(usual)]
     unlike = [rank for rank, other in enumerate(digests) if other != usual]
     first = min(int(np.flatnonzero(by_rank[rank] != reference)[0]) for rank in unlike)
     named = ", ".join(f"rank {rank} on {world.places[rank].host}" for rank in unlike[:_NAMED])
     named += f" and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
-    if 2 * count > world.size:
-        who = f"the weights of {named} are not those of the other {count} ranks"
+    if 2 * witnesses[usual] > witnesses.total():
+        who = f"the weights of {named} are not those of the other {ranks[usual]} ranks"
         cure = "leave that host out"
     else:
         who = f"the weights of {named} are not those of rank {digests.index(usual)}"
@@ -76,8 +80,11 @@ class NormWatch:
         """Say whether the next steps are to be taken down."""
         self._wanted.assign(wanted)
 
-    def record(self, gradients: Sequence[Any]) -> None:
-        """Take down |g|^2, |w|^2 and g.w of every weight, if wanted. `gradients` are sums over all ranks."""
+    def record(self, gradients: Sequence[Any]) -> Any:
+        """Take down |g|^2, |w|^2 and g.w of every weight, if wanted; return what is there when that is done.
+
+        `gradients` are sums over all ranks.
+        """
 
         def take() -> Any:
             pairs = [
@@ -87,7 +94,9 @@ class NormWatch:
             squares = [[2.0 * tf.nn.l2_loss(g) for g, _ in pairs], [2.0 * tf.nn.l2_loss(w) for _, w in pairs]]
             return tf.stack([*map(tf.stack, squares), tf.stack([tf.reduce_sum(g * w) for g, w in pairs])])
 
-        self._norms.assign(tf.cond(self._wanted, take, lambda: tf.zeros([3, len(self.weights)])))
+        norms = tf.cond(self._wanted, take, lambda: tf.zeros([3, len(self.weights)]))
+        self._norms.assign(norms)
+        return norms
 
     def norms(self) -> NDArray[np.float64]:
         """Return float64[3, n]: |g|^2, |w|^2 and g.w of each weight in the last step that was taken down."""

@@ -51,12 +51,13 @@ def weights(**changes: float) -> list[Any]:
     return found
 
 
-def check(*ranks: dict[str, float]) -> None:
-    """Run the check on rank 0 of ranks with these changes."""
+def check(*ranks: dict[str, float], hosts: str = "") -> None:
+    """Run the check on rank 0 of ranks with these changes, each on a host of its own or on those of these letters."""
     sums = [weight_checksums(weights(**changes)) for changes in ranks]
     from hpctrain.data.checksum import crc32
 
-    places = tuple(Place(f"node{rank}", (0,), (0,), {0: 0}) for rank in range(len(ranks)))
+    names = list(hosts) or [f"node{rank}" for rank in range(len(ranks))]
+    places = tuple(Place(name, (0,), (0,), {0: 0}) for name in names)
     world = Together(0, len(ranks), "node0", places, (), None, "")
     object.__setattr__(world, "answers", [[crc32(one.tobytes()) for one in sums], sums])
     check_same_weights(40, weights(**ranks[0]), world)
@@ -79,6 +80,14 @@ def test_one_rank_of_many_is_named_with_the_first_variable() -> None:
 def test_of_two_ranks_neither_is_blamed() -> None:
     with pytest.raises(WeightsDiffer, match=r"rank 1 on node1 are not those of rank 0, first in c.*unlike the others"):
         check({}, {"c": 1})
+
+
+def test_the_ranks_of_a_host_are_one_witness() -> None:
+    wrong = {"a": 1.0}  # in what four ranks of a host have in common
+    with pytest.raises(WeightsDiffer, match=r"rank 4 on b, rank 5 on b are not those of rank 0"):
+        check(wrong, wrong, wrong, wrong, {}, {}, hosts="aaaabb")
+    with pytest.raises(WeightsDiffer, match=r"rank 3 on a are not those of the other 2 ranks"):
+        check(wrong, wrong, wrong, wrong, {}, {}, hosts="aaaabc")
 
 
 def test_many_ranks_are_counted() -> None:
