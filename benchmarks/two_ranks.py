@@ -15,6 +15,7 @@ with quartiles and the standard error of the median. `python -m benchmarks.two_r
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -55,7 +56,10 @@ class Pair:
         environment = {**os.environ, **OUR_ENVIRONMENT, "TF_CPP_MIN_LOG_LEVEL": "3"}
         if os.geteuid() == 0:  # what Open MPI asks of root
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        self._started = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
+        self._started = [
+            subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)  # Ctrl-C is for this process
+            for command in commands
+        ]
         self._lines: list[tuple[socket.socket, Any, int]] = []
 
     def wait(self) -> None:
@@ -172,12 +176,20 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; there are no quartiles of fewer than 2")
     for model in options.models:
         if model not in MICRO_BATCH:
             parser.error(f"there is no model {model}; take of {', '.join(MICRO_BATCH)}")
-    with tempfile.TemporaryDirectory() as folder:
-        for model in options.models:
-            measure(model, options.precision, options.rounds, Path(folder))
+    if shutil.which("mpirun") is None:
+        parser.error("there is no mpirun on the PATH; put the bin folder of the environment there")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for model in options.models:
+                measure(model, options.precision, options.rounds, Path(folder))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     set_environment(deterministic=False)
     world = start(threads=1)
-    places = tuple(dataclasses.replace(place, host=host) for place, host in zip(world.places, options.hosts, strict=True))
+    hosts = zip(world.places, options.hosts, strict=True)
+    places = tuple(dataclasses.replace(place, host=host) for place, host in hosts)
     world = dataclasses.replace(world, host=places[world.rank].host, places=places)
     import_tensorflow()
     import keras
