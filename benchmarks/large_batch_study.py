@@ -161,9 +161,10 @@ def work(tasks: Any, results: Any) -> None:
     from hpctrain.parallel.quiet import import_tensorflow
 
     import_tensorflow()
+    from hpctrain.parallel.world import alone
     from hpctrain.training.session import configure_tensorflow
 
-    configure_tensorflow(load_config("demo"), threads=1)
+    configure_tensorflow(load_config("demo"), alone())
     while (task := tasks.get()) is not None:
         for run in study(task):
             results.put(run)

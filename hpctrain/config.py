@@ -65,6 +65,7 @@ class TrainConfig(Section):
         False, description="the same bits on 1, 2, 4, ... ranks and in every repetition (same threads a rank)"
     )
     threads: int | None = Field(None, gt=0, description="TensorFlow threads a rank; from the cores it has when unset")
+    rotate_cpus: bool = Field(True, description="ranks of a host that share a cache take turns on their CPUs")
     compression: Literal["none", "bf16", "fp16"] = Field("none", description="number format of gradients on the wire")
     bucket_mb: float = Field(4.0, gt=0, description="megabytes of gradients that are reduced in one piece")
     on_bad_step: Literal["stop", "skip"] = Field(

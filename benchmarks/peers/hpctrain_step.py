@@ -38,7 +38,7 @@ def make_step(work: Work) -> tuple[Callable[[], None], int]:
     from hpctrain.training.bad_steps import GuardedStep
     from hpctrain.training.timing import TimedReducer
 
-    session.configure_tensorflow(config, world.plan.threads)
+    session.configure_tensorflow(config, world)
     model = session.build_model(config, work.classes)
     reducer = TimedReducer(
         world, bucket_bytes=config.train.bucket_mb * 1e6, compression=config.train.compression, deterministic=False

@@ -52,7 +52,7 @@ def measure_step(
     To be called before TensorFlow runs anything. The batches are made up and in memory; the input pipeline is measured
     by itself if `data` has training records. `profile_seconds` None leaves the profile of the layers out.
     """
-    session.configure_tensorflow(config, world.plan.threads)
+    session.configure_tensorflow(config, world)
     model = session.build_model(config, data.num_classes)
     batches = synthetic_batches(
         micro_batch=config.train.micro_batch,

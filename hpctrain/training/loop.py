@@ -69,7 +69,7 @@ class _Run:
         self.console = TimedConsole(world.is_root)
         self.stop = StopRequest(job_end_time(), config.checkpoint.stop_margin_seconds)
         cleanup.callback(self.stop.close)
-        session.configure_tensorflow(config, world.plan.threads)
+        session.configure_tensorflow(config, world)
         self.schedule = session.build_schedule(config, data.num_records)
         self.total_steps = session.total_steps(config, data.num_records)
         self.last_step = min(self.total_steps, config.train.steps or self.total_steps)

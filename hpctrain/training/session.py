@@ -16,17 +16,20 @@ from hpctrain.errors import UserError, nearest
 from hpctrain.models import build
 from hpctrain.optim import make_optimizer, make_schedule
 from hpctrain.parallel.quiet import without_chatter
+from hpctrain.parallel.rotation import take_turns
 from hpctrain.parallel.world import World
 from hpctrain.training.dataset import DataSet
 from hpctrain.training.evaluate import Evaluator
 
 
-def configure_tensorflow(config: Config, threads: int) -> None:
-    """Set threads, determinism and precision. To be called once, before TensorFlow runs anything."""
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
+def configure_tensorflow(config: Config, world: World) -> None:
+    """Set threads, their CPUs, determinism and precision. All ranks call it, once, before TensorFlow runs anything."""
+    tf.config.threading.set_intra_op_parallelism_threads(world.plan.threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     with without_chatter():
         tf.constant(0)
+    if config.train.rotate_cpus:
+        take_turns(world)
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.train.seed)

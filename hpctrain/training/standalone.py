@@ -21,7 +21,7 @@ from hpctrain.training.step import model_state
 
 def evaluate_checkpoint(config: Config, world: World, reader: ShardReader, path: Path, as_json: bool) -> None:
     """Evaluate a run directory's newest checkpoint, or the given one, on a split; rank 0 prints the result."""
-    session.configure_tensorflow(config, world.plan.threads)
+    session.configure_tensorflow(config, world)
     found: list[Checkpoint] = []  # on rank 0
 
     def load() -> tuple[int, int, str | None]:
