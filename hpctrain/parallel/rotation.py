@@ -74,17 +74,17 @@ def neighbors(places: Sequence[Place], plans: Sequence[Plan], rank: int, cache: 
 
 def _exchange(group: Sequence[_Member], everywhere: Collection[int]) -> None:
     """Move the group around for as long as all of them are there, and the system lets it."""
-    os.sched_setaffinity(0, everywhere)  # of this thread, which would be in its own way
+    os.sched_setaffinity(0, everywhere)  # of this thread, which stays there: it would be in its own way
     _ask_for_short_slices()
-    turn, took = 0, 0.0
+    cpus, took = [member.cpus for member in group], 0.0
     while all(map(_is_there, group)):
         time.sleep(max(_PERIOD_SECONDS, took / _SHARE))
-        turn += 1
-        threads = [_threads(member.process) for member in group]
+        threads = [_threads(member.process, own) for member, own in zip(group, cpus, strict=True)]
+        cpus = [*cpus[1:], cpus[0]]
         began = time.perf_counter()
         try:
-            for position, one in enumerate(threads):
-                _move(one, group[(position + turn) % len(group)].cpus)
+            for one, next_cpus in zip(threads, cpus, strict=True):
+                _move(one, next_cpus)
         except OSError:  # such as a set of CPUs that somebody has made smaller
             for one, member in zip(threads, group, strict=True):
                 with contextlib.suppress(OSError):
@@ -93,12 +93,15 @@ def _exchange(group: Sequence[_Member], everywhere: Collection[int]) -> None:
         took = time.perf_counter() - began
 
 
-def _threads(process: int) -> list[int]:
-    """The threads of a process, but for this one; none if it has ended."""
-    try:
-        return [int(name) for name in os.listdir(f"/proc/{process}/task") if int(name) != threading.get_native_id()]
-    except FileNotFoundError:
-        return []
+def _threads(process: int, cpus: Collection[int]) -> list[int]:
+    """The threads of a process that may run on just these CPUs; those that somebody has put elsewhere stay there."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):  # it has ended since
+        for thread in map(int, os.listdir(f"/proc/{process}/task")):
+            with contextlib.suppress(ProcessLookupError):
+                if os.sched_getaffinity(thread) == set(cpus):
+                    found.append(thread)
+    return found
 
 
 def _move(threads: Collection[int], cpus: Collection[int]) -> None:

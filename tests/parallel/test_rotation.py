@@ -19,15 +19,22 @@ from hpctrain.parallel.world import start
 
 world = start(threads=1)
 take_turns(world)
-later = threading.Thread(target=time.sleep, args=(5,), daemon=True)
+later, elsewhere = (threading.Thread(target=time.sleep, args=(5,), daemon=True) for _ in range(2))
 later.start()
-found = {thread: [] for thread in (0, later.native_id)}
+elsewhere.start()
+everything = sorted({cpu for plan in world.plans for cpu in plan.cpus})
+for _ in range(3):  # it may be about to be moved
+    os.sched_setaffinity(elsewhere.native_id, everything)
+    time.sleep(0.2)
+found = {thread: [] for thread in (0, later.native_id, elsewhere.native_id)}
 until = time.monotonic() + 2
 while time.monotonic() < until:
     for thread, cpus in found.items():
         cpus.append(sorted(os.sched_getaffinity(thread)))
     time.sleep(0.003)
-print(json.dumps([world.rank, world.plan.cpus, *found.values()]), flush=True)
+*found, elsewhere = found.values()
+assert all(cpus == everything for cpus in elsewhere)
+print(json.dumps([world.rank, world.plan.cpus, *found]), flush=True)
 world.barrier()
 """
 
