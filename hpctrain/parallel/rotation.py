@@ -96,7 +96,7 @@ def _exchange(group: Sequence[_Member], everywhere: Collection[int]) -> None:
 def _threads(process: int, cpus: Collection[int]) -> list[int]:
     """The threads of a process that may run on just these CPUs; those that somebody has put elsewhere stay there."""
     found = []
-    with contextlib.suppress(FileNotFoundError):  # it has ended since
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
         for thread in map(int, os.listdir(f"/proc/{process}/task")):
             with contextlib.suppress(ProcessLookupError):
                 if os.sched_getaffinity(thread) == set(cpus):

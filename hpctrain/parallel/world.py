@@ -154,7 +154,7 @@ def _let_others_come(vendor: tuple[str, tuple[int, int, int]]) -> None:
 
     Open MPI 5 reads messages while it waits for the end of MPI_Init, before it has made what they are put into, and
     crashes if one comes then (https://github.com/open-mpi/ompi/issues/12495). The other rank has heard earlier that all
-    are there. On busy machines 9 of 430 starts by srun on two hosts ended so, and of 470 with this pause none.
+    are there. On busy machines 9 of 430 starts by srun on two hosts ended so, and of 550 with this pause none.
     """
     name, version = vendor
     if name == "Open MPI" and version[0] >= 5:
