@@ -140,6 +140,10 @@ void ForEachChunk(tf::OpKernelContext* context, const Layout& layout, const std:
       });
 }
 
+// The second pass begins where the first one ends: what was read there is still in the core's cache. And it ends at the
+// beginning of its output, where the next operation starts to read.
+int64_t LastFirst(const Layout& layout, int64_t chunk) { return layout.chunks - 1 - chunk; }
+
 // Two sums for each channel, over chunks that may be worked on in any order.
 class Sums {
  public:
@@ -456,8 +460,9 @@ class BatchNorm : public tf::OpKernel {
     forward.mean = layout.Widen(Data<float>(mean));
     forward.scale = layout.Widen(Products(Data<float>(context->input(1)), Data<float>(rstd), layout.channels).data());
     forward.beta = layout.Widen(Data<float>(context->input(2)));
-    ForEachChunk(context, layout,
-                 [&](int64_t chunk) { Normalize(forward, RangeOf(layout, chunk), layout.width); });
+    ForEachChunk(context, layout, [&](int64_t chunk) {
+      Normalize(forward, RangeOf(layout, LastFirst(layout, chunk)), layout.width);
+    });
   }
 
  private:
@@ -551,8 +556,9 @@ class BatchNormGrad : public tf::OpKernel {
     }
     backward.mean_gradient = layout.Widen(mean_gradient.data());
     backward.correction = layout.Widen(correction.data());
-    ForEachChunk(context, layout,
-                 [&](int64_t chunk) { InputGradient(backward, RangeOf(layout, chunk), layout.width); });
+    ForEachChunk(context, layout, [&](int64_t chunk) {
+      InputGradient(backward, RangeOf(layout, LastFirst(layout, chunk)), layout.width);
+    });
   }
 
  private:
