@@ -53,7 +53,7 @@ def take_turns(world: World) -> None:
     group = [members[rank] for rank in ranks]
     good = [member.may_move and member.namespace == me.namespace and _is_there(member) for member in group]
     if ranks[0] == world.rank and all(good):
-        threading.Thread(target=_exchange, args=(group, everywhere), name="rotation", daemon=True).start()
+        threading.Thread(target=_exchange, args=(group,), name="rotation", daemon=True).start()
 
 
 def neighbors(places: Sequence[Place], plans: Sequence[Plan], rank: int, cache: Collection[int]) -> tuple[int, ...]:
@@ -72,34 +72,40 @@ def neighbors(places: Sequence[Place], plans: Sequence[Plan], rank: int, cache: 
     return tuple(fit) if rank in fit else (rank,)
 
 
-def _exchange(group: Sequence[_Member], everywhere: Collection[int]) -> None:
-    """Move the group around for as long as all of them are there, and the system lets it."""
-    os.sched_setaffinity(0, everywhere)  # of this thread, which stays there: it would be in its own way
+def _exchange(group: Sequence[_Member]) -> None:
+    """Move the group around for as long as all of them are there, and the system lets it.
+
+    Threads are looked up before the pause: Linux lets a thread that has just used its CPU wait for others, up to some
+    milliseconds, and two ranks would be in one place meanwhile. For the same reason this thread stays where the first
+    rank was, and begins with whoever is there now: that CPU is free while the others are moved.
+    """
+    home, cpus, used = group[0].cpus, [member.cpus for member in group], 0.0
+    os.sched_setaffinity(0, home)
     _ask_for_short_slices()
-    cpus, took = [member.cpus for member in group], 0.0
     while all(map(_is_there, group)):
-        time.sleep(max(_PERIOD_SECONDS, took / _SHARE))
+        began = time.thread_time()
         threads = [_threads(member.process, own) for member, own in zip(group, cpus, strict=True)]
+        time.sleep(max(_PERIOD_SECONDS, used / _SHARE))
+        first = cpus.index(home)
         cpus = [*cpus[1:], cpus[0]]
-        began = time.perf_counter()
         try:
-            for one, next_cpus in zip(threads, cpus, strict=True):
-                _move(one, next_cpus)
+            for i in (*range(first, len(group)), *range(first)):
+                _move(threads[i], cpus[i])
         except OSError:  # such as a set of CPUs that somebody has made smaller
             for one, member in zip(threads, group, strict=True):
                 with contextlib.suppress(OSError):
                     _move(one, member.cpus)
             return
-        took = time.perf_counter() - began
+        used = time.thread_time() - began
 
 
 def _threads(process: int, cpus: Collection[int]) -> list[int]:
-    """The threads of a process that may run on just these CPUs; those that somebody has put elsewhere stay there."""
-    found = []
+    """The threads of a process that may run on just these CPUs, but this one; those put elsewhere stay there."""
+    found, this = [], threading.get_native_id()
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
         for thread in map(int, os.listdir(f"/proc/{process}/task")):
             with contextlib.suppress(ProcessLookupError):
-                if os.sched_getaffinity(thread) == set(cpus):
+                if thread != this and os.sched_getaffinity(thread) == set(cpus):
                     found.append(thread)
     return found
 
