@@ -27,12 +27,14 @@ from benchmarks.peers.budget import Budget
 from benchmarks.peers.link import measure_link
 from benchmarks.peers.machine import describe_machine, describe_versions, torch_version
 from benchmarks.peers.page import ratio_lines, write_page
+from benchmarks.peers.page_explain import two_ranks_spread
 from benchmarks.peers.plan import Contender, Group
 from benchmarks.peers.runner import ROOT, Failed, LeftOut, Run, run_contender
 from benchmarks.peers.turns import Turns, more_rounds
+from benchmarks.peers.two_ranks import measure as measure_two_ranks
 from hpctrain.data.atomic import make_folder, write_file
 
-PARTS = ("allreduce", "link", "start_up", "profile", "input")
+PARTS = ("two_ranks", "allreduce", "link", "start_up", "profile", "input")
 TORCH_PATH = "HPCTRAIN_BENCH_TORCH"
 
 
@@ -136,6 +138,7 @@ def measure_parts(
             found["failed"].append(f"{name}: {error}")
             say(f"{name} failed: {error}")
 
+    part("two_ranks", lambda: _two_ranks(found, quick, budget))
     sizes = plan.QUICK_ALLREDUCE_SIZES if quick else plan.ALLREDUCE_SIZES
     times = 1 if quick else 2
     part("allreduce", lambda: [parts.allreduce(sizes, 10, until) for _ in range(times)])
@@ -145,6 +148,25 @@ def measure_parts(
     profiled = [group for group in plan.GROUPS if group.model in plan.PROFILE and group.precision == "float32"]
     part("profile", lambda: parts.profile(profiled, until), in_quick=False)
     part("input", lambda: parts.input_pipeline(600, rounds=8, seconds=0.6, until=until), in_quick=False)
+
+
+def _two_ranks(found: dict[str, Any], quick: bool, budget: Budget) -> list[dict[str, Any]]:
+    """Measure two ranks of each model beside two independent processes, as long as time is enough."""
+    results: list[dict[str, Any]] = []
+    for model, how in plan.TWO_RANKS.items():
+        seconds = how.quick_seconds if quick else how.seconds
+        if not seconds:
+            continue
+        try:
+            if not budget.fits(seconds + plan.TWO_RANKS_START_SECONDS):
+                raise LeftOut("the time was up")
+            results.append(measure_two_ranks(model, "float32", seconds, budget.until))
+        except LeftOut as reason:
+            found["notes"].append(f"two_ranks of {model}: {reason}")
+            say(found["notes"][-1])
+            continue
+        say(f"{how.title}: two ranks to two processes {two_ranks_spread(results[-1]).median:.3f}")
+    return results
 
 
 def _starts(found: dict[str, Any], quick: bool, budget: Budget) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.peers.figures import Run, Spread, of_contender, peak_share, ratio, verdict
-from benchmarks.peers.page_explain import bare_convolutions, link, link_ratios, profile
+from benchmarks.peers.page_explain import bare_convolutions, link, link_ratios, profile, two_ranks, two_ranks_ratios
 from benchmarks.peers.plan import (
     ALLREDUCE_GOAL,
     GROUPS,
@@ -37,6 +37,7 @@ def write_page(found: Mapping[str, Any]) -> str:
     parts += [_group(group, _runs_of(found, group), found["machine"]) for group in GROUPS]
     of_groups = [(group, _runs_of(found, group)) for group in GROUPS]
     titles = {group.name: group.title for group in GROUPS}
+    parts += [two_ranks(found.get("two_ranks", []))]
     parts += [bare_convolutions(of_groups, found["machine"]), profile(found.get("profile", []), titles)]
     parts += [_allreduce(found.get("allreduce", [])), link(found.get("link"))]
     parts += [_start_up(found.get("start_up", [])), _input(found.get("input")), _definitions(), _failures(found)]
@@ -56,6 +57,7 @@ def ratio_lines(found: Mapping[str, Any]) -> list[list[str]]:
             limit = "" if goal.limit is None else f"{'at most ' if goal.at_most else ''}{goal.limit}"
             words = f"{goal.above} / {goal.below}{measured}"
             rows.append([group.title, words, *numbers(spread), limit, verdict(spread, goal.limit, goal.at_most)])
+    rows += two_ranks_ratios(found.get("two_ranks", []))
     for num_bytes, spread in _allreduce_ratios(found.get("allreduce", [])):
         words = f"Horovod as the trainer uses it / MPI_Allreduce in place, {num_bytes // 2**20} MiB"
         row = ["allreduce, 2 ranks", words, *numbers(spread), str(ALLREDUCE_GOAL), verdict(spread, ALLREDUCE_GOAL)]
@@ -223,11 +225,8 @@ before; a round that does not fit is left out. What the processor has no instruc
 batch over the median step, added up over processes. A ratio is taken within a round; shown are median, least and most
 over rounds. All update by SGD with momentum. A process with two threads has twice the batch of one with one thread.
 
-- **hpctrain**: the trainer's own step, as in `hpctrain train`; ranks under a plain `mpirun -n 2`. Independent
-  processes are two that train at the same time, each on its own core, and know nothing of each other: the most that
-  two ranks could reach. Those that start each step together do nothing else together: what is below independent ones is
-  what waiting for the slower one takes, and wanting the memory at the same moments; what ranks are below them is
-  communication. All with {ours}, so that memory is in large pages.
+- **hpctrain**: the trainer's own step, as in `hpctrain train`; ranks under a plain `mpirun -n 2`. All with {ours},
+  so that memory is in large pages.
 - **Keras loop**: a `tf.function` with a `GradientTape` around Keras' own layers (`keras.applications.ResNet50`,
   `Conv2D(groups=2)`), `mixed_bfloat16` for bfloat16.
 - **Horovod's ops**: the same loop with `hvd.allreduce` for each gradient, plain `mpirun -n 2`, all defaults; once with

@@ -1,10 +1,22 @@
 """The page's tables that explain: the bare convolutions, where a step's time goes, the link between two hosts."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.peers.figures import Run, Spread, of_contender, verdict
-from benchmarks.peers.plan import APART, BARE, BARE_TENSORFLOW, LINK_GOAL, OURS, RANKS, Group, peak_gflops
+from benchmarks.peers.plan import (
+    APART,
+    BARE,
+    BARE_TENSORFLOW,
+    LINK_GOAL,
+    OURS,
+    RANKS,
+    SLICE_SECONDS,
+    TWO_RANKS,
+    Group,
+    peak_gflops,
+)
 from benchmarks.peers.table import numbers, table
 
 _HEADERS = {"mpi": "MPI", "mpi_in_place": "MPI in place", "horovod": "Horovod as the trainer uses it"}
@@ -15,7 +27,7 @@ def bare_convolutions(groups: Sequence[tuple[Group, Sequence[Run]]], machine: Ma
     rows = []
     for group, runs in groups:
         flops = next((run["flops_per_image"] for run in runs if "flops_per_image" in run), None)
-        ours = next((name for name in (APART, RANKS, OURS) if of_contender(runs, name, "images_per_second")), None)
+        ours = next((name for name in (RANKS, OURS) if of_contender(runs, name, "images_per_second")), None)
         step = of_contender(runs, ours, "images_per_second") if ours else None
         for by, contender in (("hpctrain", BARE), ("TensorFlow", BARE_TENSORFLOW)):
             rate = of_contender(runs, contender, "images_per_second")
@@ -49,6 +61,45 @@ needs fewer.
 
 """
     return f"## Bare convolutions\n\n{text}" + table(header, rows, range(2, 8))
+
+
+def two_ranks_spread(result: Mapping[str, Any]) -> Spread:
+    """Return the ratio of two ranks' images/s to that of two independent processes, over rounds."""
+    return Spread.of([a / b for a, b in zip(result["ranks"], result["independent"], strict=True)])
+
+
+def two_ranks_ratios(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return rows for the table of all ratios."""
+    rows = []
+    for result in results:
+        how, spread = TWO_RANKS[result["model"]], two_ranks_spread(result)
+        limit = "" if how.limit is None else str(how.limit)
+        rows.append([how.title, f"{RANKS} / {APART}", *numbers(spread), limit, verdict(spread, how.limit)])
+    return rows
+
+
+def two_ranks(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return what two ranks do beside two independent processes, and where the difference comes from."""
+    if not results:
+        return ""
+    rows = []
+    for result in results:
+        how, spread = TWO_RANKS[result["model"]], two_ranks_spread(result)
+        ranks, apart = (how.micro_batch * statistics.mean(result[kind]) for kind in ("ranks", "independent"))
+        others = [f"{result[kind]:.2f}" for kind in ("ranks / together", "by processor time")]
+        batch = f"2 x {how.micro_batch}"
+        rounds = str(len(result["ranks"]))
+        rows.append([how.title, batch, f"{ranks:.1f}", f"{apart:.1f}", *numbers(spread), *others, rounds])
+    header = ["work", "batch", "ranks, images/s", "independent", "ratio", "min", "max"]
+    header += ["to waiting ones", "by processor time", "rounds"]
+    text = f"""`python -m benchmarks.peers.two_ranks`: two ranks and two processes that know nothing of each other, each
+on a CPU of its own, are there at the same time and run in turns of {SLICE_SECONDS} s, while the others are stopped. So
+both meet the same machine. Waiting ones would be such processes if both took as long as the slower one in each step, as
+ranks have to wait. The ratio of the processor time that a step takes has no waiting in it, but what ranks do besides:
+adding the gradients, and wanting the memory for the same at the same time.
+
+"""
+    return f"## Two ranks beside two processes\n\n{text}" + table(header, rows, range(2, 10))
 
 
 def profile(results: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:

@@ -75,7 +75,6 @@ _TORCH = ("-m", "benchmarks.peers.torch_loop")
 _BARE = ("-m", "benchmarks.peers.bare_convolutions")
 
 OURS, RANKS, APART = "hpctrain, 2 threads", "hpctrain, 2 ranks", "hpctrain, 2 independent processes"
-IN_STEP = "hpctrain, 2 processes that start each step together"
 KERAS, KERAS_CORE = "Keras loop, 2 threads", "Keras loop, 1 thread"
 HOROVOD, HOROVOD_YIELD = "Horovod's ops, 2 ranks", "Horovod's ops, 2 ranks, MPI yields"
 WORKERS = "MultiWorkerMirroredStrategy, 2 workers"
@@ -88,13 +87,6 @@ def _ours(batch: int, quick: Sequence[str]) -> list[Contender]:
     return [
         Contender(OURS, _OURS, threads=2, micro_batch=2 * batch, quick=OURS in quick, environment=OUR_ENVIRONMENT),
         Contender(RANKS, _OURS, "mpirun", 2, micro_batch=batch, quick=RANKS in quick, environment=OUR_ENVIRONMENT),
-    ]
-
-
-def _apart(batch: int) -> list[Contender]:
-    return [
-        Contender(APART, _OURS, "processes", 2, micro_batch=batch, quick=True, environment=OUR_ENVIRONMENT),
-        Contender(IN_STEP, (*_OURS, "--in-step"), "processes", 2, micro_batch=batch, environment=OUR_ENVIRONMENT),
     ]
 
 
@@ -152,7 +144,6 @@ GROUPS = (
         3,
         [
             *_ours(8, [OURS, RANKS]),
-            *_apart(8),
             *_torch(8, [TORCH, TORCH_DDP]),
             _keras(8),
             _keras_core(8, quick=True),
@@ -165,8 +156,6 @@ GROUPS = (
         [
             Goal(OURS, TORCH, limit=1.25),
             Goal(RANKS, TORCH_DDP, limit=1.25),
-            Goal(RANKS, APART, limit=0.98),
-            Goal(RANKS, IN_STEP),
             Goal(OURS, KERAS),
             Goal(RANKS, HOROVOD),
             Goal(RANKS, HOROVOD_YIELD),
@@ -197,7 +186,6 @@ GROUPS = (
         3,
         [
             *_ours(32, [OURS, RANKS]),
-            *_apart(32),
             *_torch(32, [TORCH]),
             # Keras' grouped convolutions take 5 s a step and more.
             _keras(32, quick=True, steps=3),
@@ -209,8 +197,6 @@ GROUPS = (
         ],
         [
             Goal(OURS, KERAS, limit=4.0),
-            Goal(RANKS, APART, limit=0.93),
-            Goal(RANKS, IN_STEP),
             Goal(OURS, TORCH),
             Goal(RANKS, TORCH_DDP),
             Goal(RANKS, HOROVOD),
@@ -236,7 +222,6 @@ GROUPS = (
         15,
         [
             *_ours(32, [RANKS]),
-            *_apart(32),
             *_torch(32, []),
             _keras(32),
             _keras_core(32),
@@ -246,8 +231,6 @@ GROUPS = (
             _bare_tensorflow(32),
         ],
         [
-            Goal(RANKS, APART),
-            Goal(RANKS, IN_STEP),
             Goal(OURS, TORCH),
             Goal(RANKS, TORCH_DDP),
             Goal(OURS, KERAS),
@@ -304,3 +287,23 @@ def _profiled(batch: int) -> tuple[Contender, Contender]:
 
 # The models whose float32 step is taken apart.
 PROFILE = {"resnet50": _profiled(8), "alexnet_bn": _profiled(32)}
+
+
+@dataclass(frozen=True)
+class TwoRanks:
+    """How two ranks of a model are measured beside two independent processes (two_ranks.py)."""
+
+    title: str
+    micro_batch: int  # of a process
+    seconds: float  # of both together, after their start
+    quick_seconds: float  # none if it is no part of the quick run
+    limit: float | None = None  # the least that ranks are to reach of independent processes
+
+
+TWO_RANKS = {
+    "resnet50": TwoRanks("ResNet-50, float32", 8, 200, 32, 0.98),
+    "alexnet_bn": TwoRanks("AlexNet-BN, float32", 32, 120, 32, 0.93),
+    "resnet20": TwoRanks("ResNet-20, float32", 32, 40, 0),
+}
+SLICE_SECONDS = 0.5  # of a program, before the other one runs
+TWO_RANKS_START_SECONDS = 60.0  # about, of all four processes

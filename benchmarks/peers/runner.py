@@ -100,7 +100,7 @@ def run_commands(
     is still running when one fails, when time is up or when this program is interrupted is ended with all that it has
     started.
     """
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **_as_root(), **(extra or {}), LAUNCHED: str(time.time())}
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **as_root(), **(extra or {}), LAUNCHED: str(time.time())}
     files = [tempfile.TemporaryFile("w+") for _ in range(2 * len(commands))]  # noqa: SIM115
     started: list[subprocess.Popen[str]] = []
     try:
@@ -163,8 +163,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _as_root() -> dict[str, str]:
-    """What Open MPI asks of root, and of nobody else."""
+def as_root() -> dict[str, str]:
+    """Return what Open MPI asks of root, and of nobody else."""
     if os.geteuid() != 0:
         return {}
     return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

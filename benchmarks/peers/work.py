@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import mmap
 import os
 import statistics
 import sys
@@ -31,7 +30,6 @@ class Work:
     process: int  # of those that the runner starts; under mpirun each is number 0 of 1
     processes: int
     meet: Path | None  # folder in which processes that know nothing of each other wait for each other
-    in_step: bool  # whether they do so before each step, as ranks have to
     ports: tuple[int, ...]  # free on this host, one for each process
 
     @property
@@ -62,7 +60,6 @@ def parse_work(arguments: list[str] | None = None) -> Work:
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--meet", type=Path)
-    parser.add_argument("--in-step", action="store_true")
     parser.add_argument("--ports", default="")
     parser.add_argument("--cpus", default="", help="such as 0,1; those it was started with if empty")
     given = vars(parser.parse_args(arguments))
@@ -80,11 +77,9 @@ def time_steps(work: Work, step: Callable[[], object], **facts: object) -> None:
         step()
     if work.meet is not None:
         _wait_for_all(work.meet, work.process, work.processes)
-    wait = _Meeting(work.meet, work.process, work.processes).wait if work.in_step and work.meet else lambda: None
     seconds = []
     for _ in range(work.steps):
         started = time.perf_counter()
-        wait()
         step()
         seconds.append(time.perf_counter() - started)
     print_line(
@@ -114,25 +109,6 @@ def shared_out_mb() -> float:
     rollup = Path("/proc/self/smaps_rollup").read_text()
     kilobytes = next(line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:"))
     return int(kilobytes) * 1024 / 1e6
-
-
-class _Meeting:
-    """Where processes wait for each other again and again, through memory that they share, without communication."""
-
-    def __init__(self, folder: Path, process: int, processes: int) -> None:
-        self._counts = []
-        for number in range(processes):
-            file = os.open(folder / f"count-{number}", os.O_RDWR | os.O_CREAT)
-            os.ftruncate(file, mmap.PAGESIZE)
-            self._counts.append(memoryview(mmap.mmap(file, mmap.PAGESIZE)).cast("q"))
-            os.close(file)
-        self._own = process
-
-    def wait(self) -> None:
-        """Return when all have called it as often as this one has now."""
-        self._counts[self._own][0] += 1
-        while min(count[0] for count in self._counts) < self._counts[self._own][0]:
-            time.sleep(1e-4)
 
 
 def _wait_for_all(folder: Path, process: int, processes: int) -> None:
