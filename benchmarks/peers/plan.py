@@ -302,7 +302,7 @@ class TwoRanks:
 
 TWO_RANKS = {
     "resnet50": TwoRanks("ResNet-50, float32", 8, 200, 32, 0.98),
-    "alexnet_bn": TwoRanks("AlexNet-BN, float32", 32, 120, 32, 0.93),
+    "alexnet_bn": TwoRanks("AlexNet-BN, float32", 32, 120, 0, 0.93),
     "resnet20": TwoRanks("ResNet-20, float32", 32, 40, 0),
 }
 SLICE_SECONDS = 0.5  # of a program, before the other one runs

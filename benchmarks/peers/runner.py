@@ -184,6 +184,6 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _last_line(file: Any) -> str:
     file.seek(0)
-    lines = [line.strip() for line in file if line.strip()]
+    lines = [line.strip() for line in file if any(map(str.isalnum, line))]  # and not the frame of Open MPI's messages
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["nothing on stderr"])[-1][:300]

@@ -137,6 +137,9 @@ def test_processes_are_added_up_and_know_each_other() -> None:
 def test_a_failure_is_told_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(runner.Failed, match="exit code 1: ValueError: too hot"):
         runner.run_contender(GROUP, Contender("A", ("-c", "raise ValueError('too hot')")))
+    framed = "import sys; sys.exit('-' * 70 + '\\nNo slots were there.\\n' + '-' * 70)"
+    with pytest.raises(runner.Failed, match=r"exit code 1: No slots were there\."):
+        runner.run_contender(GROUP, Contender("A", ("-c", framed)))
     with pytest.raises(runner.Failed, match="0 of 1 processes"):
         runner.run_contender(GROUP, Contender("A", ("-c", "pass")))
     # One that fails must not leave the other one waiting for it.
