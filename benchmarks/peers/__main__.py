@@ -165,6 +165,10 @@ def _two_ranks(found: dict[str, Any], quick: bool, budget: Budget) -> list[dict[
             found["notes"].append(f"two_ranks of {model}: {reason}")
             say(found["notes"][-1])
             continue
+        except Failed as error:
+            found["failed"].append(f"two_ranks of {model}: {error}")
+            say(found["failed"][-1])
+            continue
         say(f"{how.title}: two ranks to two processes {two_ranks_spread(results[-1]).median:.3f}")
     return results
 

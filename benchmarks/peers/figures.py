@@ -41,6 +41,11 @@ def ratio(runs: Sequence[Run], goal: Goal) -> Spread | None:
     return Spread.of(ratios) if ratios else None
 
 
+def ratios_of_rounds(result: Run) -> list[float]:
+    """Return the ratio of two ranks' steps a second to that of two independent processes (two_ranks.py), each round's."""
+    return [a / b for a, b in zip(result["ranks"], result["independent"], strict=True)]
+
+
 def verdict(found: Spread | None, limit: float | None, at_most: bool = False) -> str:
     """Return `met` or `missed` for a ratio with a goal, judged by the median; nothing if either is not there."""
     if found is None or limit is None:

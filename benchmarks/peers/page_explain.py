@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.peers.figures import Run, Spread, of_contender, verdict
+from benchmarks.peers.figures import Run, Spread, of_contender, ratios_of_rounds, verdict
 from benchmarks.peers.plan import (
     APART,
     BARE,
@@ -63,12 +63,12 @@ needs fewer.
     return f"## Bare convolutions\n\n{text}" + table(header, rows, range(2, 8))
 
 
-def two_ranks_spread(result: Mapping[str, Any]) -> Spread:
+def two_ranks_spread(result: Run) -> Spread:
     """Return the ratio of two ranks' images/s to that of two independent processes, over rounds."""
-    return Spread.of([a / b for a, b in zip(result["ranks"], result["independent"], strict=True)])
+    return Spread.of(ratios_of_rounds(result))
 
 
-def two_ranks_ratios(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def two_ranks_ratios(results: Sequence[Run]) -> list[list[str]]:
     """Return rows for the table of all ratios."""
     rows = []
     for result in results:
@@ -78,7 +78,7 @@ def two_ranks_ratios(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def two_ranks(results: Sequence[Mapping[str, Any]]) -> str:
+def two_ranks(results: Sequence[Run]) -> str:
     """Return what two ranks do beside two independent processes, and where the difference comes from."""
     if not results:
         return ""

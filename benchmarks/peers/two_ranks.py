@@ -19,6 +19,7 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from benchmarks.peers.figures import ratios_of_rounds
 from benchmarks.peers.plan import OUR_ENVIRONMENT, SLICE_SECONDS, TWO_RANKS
 from benchmarks.peers.runner import Failed, mpirun
 from benchmarks.peers.slices import Program, Trace, step_forever
@@ -98,7 +100,7 @@ def _same_length(traces: Sequence[Trace]) -> list[np.ndarray]:
 
 def report(result: dict[str, Any]) -> None:
     """Print the ratios."""
-    of_rounds = [a / b for a, b in zip(result["ranks"], result["independent"], strict=True)]
+    of_rounds = ratios_of_rounds(result)
     error = 1.25 * np.std(of_rounds, ddof=1) / len(of_rounds) ** 0.5  # of a median, if they were normally distributed
     low, middle, high = np.percentile(of_rounds, [25, 50, 75])
     batch = TWO_RANKS[result["model"]].micro_batch
@@ -137,6 +139,7 @@ def main() -> None:
             parser.error(f"there is no model {model}; take of {', '.join(TWO_RANKS)}")
     if shutil.which("mpirun") is None:
         parser.error("there is no mpirun on the PATH; put the bin folder of the environment there")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and not die at once: no process is to stay stopped
     try:
         for model in options.models:
             report(measure(model, options.precision, options.seconds))

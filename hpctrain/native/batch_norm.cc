@@ -131,18 +131,19 @@ Range RangeOf(const Layout& layout, int64_t chunk) {
   return {begin, end, chunk + 1 == layout.chunks ? layout.tail : 0};
 }
 
-void ForEachChunk(tf::OpKernelContext* context, const Layout& layout, const std::function<void(int64_t)>& work) {
+// A second pass begins with the last chunk, which is still in the core's cache from the first pass, and ends at the
+// beginning of its output, where the next operation starts to read. Each thread does so with the chunks it is given.
+enum Order { kFirstFirst, kLastFirst };
+
+void ForEachChunk(tf::OpKernelContext* context, const Layout& layout, const std::function<void(int64_t)>& work,
+                  Order order = kFirstFirst) {
   // About a cycle for each number: what decides how many chunks a thread is given at a time.
   const int64_t cycles = layout.chunk_rows * layout.width;
   context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(
-      layout.chunks, cycles, [&work](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) work(chunk);
+      layout.chunks, cycles, [&work, order](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) work(order == kFirstFirst ? i : begin + end - 1 - i);
       });
 }
-
-// The second pass begins where the first one ends: what was read there is still in the core's cache. And it ends at the
-// beginning of its output, where the next operation starts to read.
-int64_t LastFirst(const Layout& layout, int64_t chunk) { return layout.chunks - 1 - chunk; }
 
 // Two sums for each channel, over chunks that may be worked on in any order.
 class Sums {
@@ -460,9 +461,8 @@ class BatchNorm : public tf::OpKernel {
     forward.mean = layout.Widen(Data<float>(mean));
     forward.scale = layout.Widen(Products(Data<float>(context->input(1)), Data<float>(rstd), layout.channels).data());
     forward.beta = layout.Widen(Data<float>(context->input(2)));
-    ForEachChunk(context, layout, [&](int64_t chunk) {
-      Normalize(forward, RangeOf(layout, LastFirst(layout, chunk)), layout.width);
-    });
+    ForEachChunk(
+        context, layout, [&](int64_t chunk) { Normalize(forward, RangeOf(layout, chunk), layout.width); }, kLastFirst);
   }
 
  private:
@@ -556,9 +556,9 @@ class BatchNormGrad : public tf::OpKernel {
     }
     backward.mean_gradient = layout.Widen(mean_gradient.data());
     backward.correction = layout.Widen(correction.data());
-    ForEachChunk(context, layout, [&](int64_t chunk) {
-      InputGradient(backward, RangeOf(layout, LastFirst(layout, chunk)), layout.width);
-    });
+    ForEachChunk(
+        context, layout, [&](int64_t chunk) { InputGradient(backward, RangeOf(layout, chunk), layout.width); },
+        kLastFirst);
   }
 
  private:
