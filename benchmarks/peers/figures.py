@@ -42,7 +42,7 @@ def ratio(runs: Sequence[Run], goal: Goal) -> Spread | None:
 
 
 def ratios_of_rounds(result: Run) -> list[float]:
-    """Return the ratio of two ranks' steps a second to that of two independent processes (two_ranks.py), each round's."""
+    """Return two ranks' steps a second to those of two independent processes (two_ranks.py), round by round."""
     return [a / b for a, b in zip(result["ranks"], result["independent"], strict=True)]
 
 
