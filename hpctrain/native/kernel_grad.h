@@ -16,12 +16,10 @@
 #ifndef HPCTRAIN_NATIVE_KERNEL_GRAD_H_
 #define HPCTRAIN_NATIVE_KERNEL_GRAD_H_
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 
-#define INLINE inline __attribute__((always_inline))
+#include "avx512.h"
 
 namespace hpctrain {
 
@@ -120,37 +118,6 @@ INLINE void ForPositions(const Grid& grid, int64_t begin, const Set& set) {
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
-
-// 16 x 16 numbers of 32 bits, rows to columns.
-INLINE void Turn(__m512i* rows) {
-  __m512i half[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    rows[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
-    rows[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
-    rows[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
-    rows[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // of each four rows of 128 bits, the lanes
-    half[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-    half[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-    half[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-    half[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
-    rows[i + 4] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
-    rows[i + 12] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
-  }
-}
 
 // The first `channels` of 32 numbers.
 INLINE __mmask32 First(int64_t channels) { return channels >= 32 ? 0xffffffffu : (1u << channels) - 1; }

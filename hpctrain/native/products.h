@@ -5,19 +5,14 @@
 #ifndef HPCTRAIN_NATIVE_PRODUCTS_H_
 #define HPCTRAIN_NATIVE_PRODUCTS_H_
 
-#include <immintrin.h>
-
 #include <cstdint>
 
-#define INLINE inline __attribute__((always_inline))
+#include "avx512.h"
 
 namespace hpctrain {
 
-constexpr int kVector = 16;  // numbers of a vector
 constexpr int64_t kPanel = 32;   // columns of a product that are worked on together
 constexpr int kRows = 14;    // rows of a product that are: 14 x 2 of the 32 registers hold sums
-
-using Vector = __m512;
 
 #pragma GCC push_options
 #pragma GCC target("avx512f")

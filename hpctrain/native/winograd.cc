@@ -96,18 +96,34 @@ class Winograd : public tf::OpKernel {
                    context->allocate_output(0, tf::TensorShape({shape.images, shape.height, shape.width, to}), &y));
     if (y->NumElements() == 0) return;
     OP_REQUIRES_OK(context, Zeros(context, from, &zeros));
-    OP_REQUIRES_OK(context, Allocate(context, Matrices::Room(from * to), &transformed));
+    // Of tiles and kernel, that which has fewer numbers.
+    const bool tiles_first = shape.tiles() < to;
+    const int64_t numbers = from * (tiles_first ? shape.tiles() : to);
+    OP_REQUIRES_OK(context, Allocate(context, Matrices::Room(numbers), &transformed));
+    const Matrices in_advance(Numbers(transformed), numbers);
 
-    const Matrices kernels(Numbers(transformed), from * to);
+    if (tiles_first) {
+      OP_REQUIRES_OK(context, ForEach(context, Parts(shape.tiles(), kTilesAtOnce), 0, [&](int64_t piece, float*) {
+        const Range tiles = Piece(piece, kTilesAtOnce, shape.tiles());
+        TransformTiles<OfInput, 1>(shape, Numbers(x), from, {0, from}, tiles, from, Numbers(zeros),
+                                   in_advance.From(tiles.begin * from));
+      }));
+      const int64_t room = ConvolvePanelRoom(shape.tiles());
+      OP_REQUIRES_OK(context, ForEach(context, Parts(to, kPanel), room, [&](int64_t piece, float* scratch) {
+        ConvolvePanel(shape, in_advance, from, Numbers(kernel), turned_, Piece(piece, kPanel, to), scratch, Numbers(*y), to);
+      }));
+      return;
+    }
     const int64_t columns = std::max(kPanel, RoundUp(kFewestWeights / from, kPanel));
     OP_REQUIRES_OK(context, ForEach(context, Parts(to, columns), 0, [&](int64_t piece, float*) {
-      TransformKernel(Numbers(kernel), shape, turned_, Piece(piece, columns, to), kernels);
+      const Range range = Piece(piece, columns, to);
+      TransformKernel(Numbers(kernel), shape, turned_, {{0, from}, range}, in_advance.From(range.begin * from));
     }));
     const int64_t at_once = TilesAtOnce(shape, Threads(context)->NumThreads());
-    const int64_t room = ConvolveRoom(at_once, from, to);
+    const int64_t room = ConvolveTilesRoom(at_once, from, to);
     OP_REQUIRES_OK(context, ForEach(context, Parts(shape.tiles(), at_once), room, [&](int64_t piece, float* scratch) {
       const Range tiles = Piece(piece, at_once, shape.tiles());
-      Convolve(shape, Numbers(x), from, kernels, tiles, Numbers(zeros), scratch, Numbers(*y), to);
+      ConvolveTiles(shape, Numbers(x), from, in_advance, tiles, Numbers(zeros), scratch, Numbers(*y), to);
     }));
   }
 
@@ -121,6 +137,7 @@ class Winograd : public tf::OpKernel {
     return Parts(shape.tiles(), pieces);
   }
 
+  static constexpr int64_t kTilesAtOnce = 8;        // that are transformed by a thread
   static constexpr int64_t kFewestWeights = 16384;  // times 9; fewer are transformed before another thread is awake
   bool turned_;
 };
@@ -139,39 +156,80 @@ class WinogradKernelGrad : public tf::OpKernel {
                                                         x.shape().DebugString(), " and ", dy.shape().DebugString())));
     const Shape shape{x.dim_size(0), x.dim_size(1), x.dim_size(2), x.dim_size(3), dy.dim_size(3)};
     OP_REQUIRES_OK(context, CheckChannels(shape.in, shape.out));
-    tf::Tensor *dw, zeros, sums;
+    tf::Tensor *dw, zeros;
     OP_REQUIRES_OK(context, context->allocate_output(0, tf::TensorShape({3, 3, shape.in, shape.out}), &dw));
-    const int64_t size = dw->NumElements();
     if (x.NumElements() == 0) {
-      std::fill_n(Numbers(*dw), size, 0.0f);
+      std::fill_n(Numbers(*dw), dw->NumElements(), 0.0f);
       return;
     }
 
-    const int64_t blocks_in = Parts(shape.in, kChannels), blocks_out = Parts(shape.out, kChannels);
-    const int64_t blocks = blocks_in * blocks_out;
-    const int64_t tiles = std::max(kFewestTiles, Parts(shape.tiles(), Parts(kParts, blocks)));  // of a chunk
-    const int64_t chunks = Parts(shape.tiles(), tiles), at_once = std::min(shape.tiles(), kTilesAtOnce);
     OP_REQUIRES_OK(context, Zeros(context, std::max(shape.in, shape.out), &zeros));
-    if (chunks > 1) OP_REQUIRES_OK(context, Allocate(context, (chunks - 1) * size, &sums));
-    const int64_t room = KernelGradientRoom(at_once, kChannels, kChannels);
-    OP_REQUIRES_OK(context, ForEach(context, chunks * blocks, room, [&](int64_t index, float* scratch) {
-      const int64_t chunk = index / blocks, in = index % blocks / blocks_out, out = index % blocks_out;
-      const Part part{Piece(in, kChannels, shape.in), Piece(out, kChannels, shape.out),
-                      Piece(chunk, tiles, shape.tiles())};
-      float* const to = chunk == 0 ? Numbers(*dw) : Numbers(sums) + (chunk - 1) * size;
-      KernelGradient(shape, Numbers(x), Numbers(dy), part, at_once, Numbers(zeros), scratch, to);
-    }));
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const float* from = Numbers(sums) + (chunk - 1) * size;
-      for (int64_t i = 0; i < size; ++i) Numbers(*dw)[i] += from[i];
+    if (shape.in <= kRows && shape.out <= kRows) {
+      OP_REQUIRES_OK(context, OfFewChannels(context, shape, Numbers(x), Numbers(dy), Numbers(zeros), Numbers(*dw)));
+    } else {
+      OP_REQUIRES_OK(context, OfManyChannels(context, shape, Numbers(x), Numbers(dy), Numbers(zeros), Numbers(*dw)));
     }
   }
 
  private:
-  static constexpr int64_t kChannels = 64;     // of a part: its sums, 0.6 MB, stay in the cache
+  // The sums of all channels stay in the cache: each thread takes some tiles, a few at a time.
+  static absl::Status OfFewChannels(tf::OpKernelContext* context, const Shape& shape, const float* x, const float* dy,
+                                    const float* zeros, float* dw) {
+    const int64_t tiles = std::max(kFewestTiles, Parts(shape.tiles(), kChunks));  // of a chunk
+    const int64_t chunks = Parts(shape.tiles(), tiles), at_once = std::min(shape.tiles(), kTilesAtOnce);
+    const int64_t size = 9 * shape.in * shape.out, room = GradientOfTilesRoom(at_once, shape.in, shape.out);
+    tf::Tensor others;
+    TF_RETURN_IF_ERROR(Allocate(context, (chunks - 1) * size, &others));
+    TF_RETURN_IF_ERROR(ForEach(context, chunks, room, [&](int64_t chunk, float* scratch) {
+      float* const to = chunk == 0 ? dw : Numbers(others) + (chunk - 1) * size;
+      GradientOfTiles(shape, x, dy, Piece(chunk, tiles, shape.tiles()), at_once, zeros, scratch, to);
+    }));
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const float* from = Numbers(others) + (chunk - 1) * size;
+      for (int64_t i = 0; i < size; ++i) dw[i] += from[i];
+    }
+    return absl::OkStatus();
+  }
+
+  // Tiles are transformed in advance, as many as still stay in the cache, and then each thread sums up some channels.
+  static absl::Status OfManyChannels(tf::OpKernelContext* context, const Shape& shape, const float* x, const float* dy,
+                                     const float* zeros, float* dw) {
+    const int64_t most = std::max(kFewestTiles, kNumbersInAdvance / (kPositions * (shape.in + shape.out)));
+    const int64_t at_once = Parts(shape.tiles(), Parts(shape.tiles(), most));
+    const int64_t of_inputs = Matrices::Room(at_once * shape.in), of_gradients = Matrices::Room(at_once * shape.out);
+    tf::Tensor transformed;
+    TF_RETURN_IF_ERROR(Allocate(context, of_inputs + of_gradients, &transformed));
+    const int64_t parts_in = Parts(shape.in, kRows), parts_out = Parts(shape.out, kPanel);
+    for (int64_t begin = 0; begin < shape.tiles(); begin += at_once) {
+      const Range tiles{begin, std::min(shape.tiles(), begin + at_once)};
+      const Matrices inputs(Numbers(transformed), tiles.size() * shape.in);
+      const Matrices gradients(Numbers(transformed) + of_inputs, tiles.size() * shape.out);
+      TF_RETURN_IF_ERROR(ForEach(context, parts_in + parts_out, 0, [&](int64_t piece, float*) {
+        if (piece < parts_in) {
+          const Range channels = Piece(piece, kRows, shape.in);
+          TransformTiles<OfInput, 1>(shape, x, shape.in, channels, tiles, kRows, zeros,
+                                     inputs.From(channels.begin * tiles.size()));
+        } else {
+          const Range channels = Piece(piece - parts_in, kPanel, shape.out);
+          TransformTiles<OfGradient, 0>(shape, dy, shape.out, channels, tiles, kPanel, zeros,
+                                        gradients.From(channels.begin * tiles.size()));
+        }
+      }));
+      const int64_t room = Matrices::Room(kRows * kPanel);
+      TF_RETURN_IF_ERROR(ForEach(context, parts_in * parts_out, room, [&](int64_t piece, float* scratch) {
+        const KernelPart part{Piece(piece / parts_out, kRows, shape.in), Piece(piece % parts_out, kPanel, shape.out)};
+        GradientOfPart(shape, inputs.From(part.rows.begin * tiles.size()), gradients.From(part.columns.begin * tiles.size()),
+                       tiles.size(), part, begin > 0, scratch, dw);
+      }));
+    }
+    return absl::OkStatus();
+  }
+
+  static constexpr int64_t kRows = 64;         // of the gradient, of channels of x, that a thread sums up together
   static constexpr int64_t kTilesAtOnce = 42;  // the numbers of which are transformed, then multiplied
-  static constexpr int64_t kParts = 16;        // fewer are cut into chunks of tiles, for as many threads
+  static constexpr int64_t kChunks = 16;       // of tiles, at most
   static constexpr int64_t kFewestTiles = 128;
+  static constexpr int64_t kNumbersInAdvance = 1 << 22;
 };
 
 // ---------------------------------------------------------------- registration

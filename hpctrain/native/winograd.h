@@ -3,9 +3,7 @@
 //
 // An output tile of 4x4 comes from an input tile of 6x6, which shares two rows and columns with each of its neighbours:
 //   y = A^T ((G w G^T) * (B^T x B)) A, summed over the input channels, * number by number.
-// So each of the 36 numbers of a transformed tile is, over all tiles and channels, a product of two matrices. The
-// matrices A, B and G are those of the interpolation points 0, +-a, +-b and infinity. With a = 5/8 and b = 3/2 the
-// rounding error is less than half of that with the usual 1 and 2, and all entries of A and B are exact in float32.
+// So each of the 36 numbers of a transformed tile is, over all tiles and channels, a product of two matrices.
 //
 // The gradient of the input is the convolution of the gradient with the kernel turned by 180 degrees, its input and
 // output channels exchanged. The gradient of the kernel is the adjoint of the formula in w:
@@ -20,7 +18,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "avx512.h"
 #include "products.h"
+#include "winograd_transforms.h"
 
 namespace hpctrain {
 
@@ -41,108 +41,19 @@ struct Matrices {
   int64_t apart;
 
   Matrices(float* memory, int64_t numbers) : first(memory), apart(numbers + kVector) {}
+  // The same matrices from one of their numbers on.
+  Matrices From(int64_t number) const { return Matrices(*this, number); }
   float* operator[](int position) const { return first + position * apart; }
   float* end() const { return first + kPositions * apart; }
 
   static int64_t Room(int64_t numbers) { return kPositions * (numbers + kVector); }
+
+ private:
+  Matrices(const Matrices& all, int64_t number) : first(all.first + number), apart(all.apart) {}
 };
 
 #pragma GCC push_options
 #pragma GCC target("avx512f")
-
-// ---------------------------------------------------------------- transforms of one dimension
-
-constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB, kA3 = kA2 * kA, kB3 = kB2 * kB;
-constexpr float kNormZero = static_cast<float>(1.0 / (0.625 * 0.625 * 1.5 * 1.5));
-constexpr float kNormA = static_cast<float>(1.0 / (2.0 * 0.625 * 0.625 * (0.625 * 0.625 - 1.5 * 1.5)));
-constexpr float kNormB = static_cast<float>(1.0 / (2.0 * 1.5 * 1.5 * (1.5 * 1.5 - 0.625 * 0.625)));
-
-INLINE Vector All(float value) { return _mm512_set1_ps(value); }
-INLINE Vector Fma(float a, Vector b, Vector c) { return _mm512_fmadd_ps(All(a), b, c); }
-INLINE Vector Times(float a, Vector b) { return _mm512_mul_ps(All(a), b); }
-INLINE Vector Plus(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-INLINE Vector Minus(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
-
-struct OfInput {  // B^T
-  static constexpr int kFrom = 6, kTo = 6;
-  static INLINE void Apply(const Vector* d, int from, Vector* t, int to) {
-    const Vector d0 = d[0], d1 = d[from], d2 = d[2 * from], d3 = d[3 * from], d4 = d[4 * from], d5 = d[5 * from];
-    const Vector even_a = Fma(-kB2, d2, d4), odd_a = Times(kA, Fma(-kB2, d1, d3));
-    const Vector even_b = Fma(-kA2, d2, d4), odd_b = Times(kB, Fma(-kA2, d1, d3));
-    t[0] = Fma(kA2 * kB2, d0, Fma(-(kA2 + kB2), d2, d4));
-    t[to] = Plus(even_a, odd_a);
-    t[2 * to] = Minus(even_a, odd_a);
-    t[3 * to] = Plus(even_b, odd_b);
-    t[4 * to] = Minus(even_b, odd_b);
-    t[5 * to] = Fma(kA2 * kB2, d1, Fma(-(kA2 + kB2), d3, d5));
-  }
-};
-
-struct OfKernel {  // G
-  static constexpr int kFrom = 3, kTo = 6;
-  static INLINE void Apply(const Vector* g, int from, Vector* t, int to) {
-    const Vector g0 = g[0], g1 = g[from], g2 = g[2 * from];
-    const Vector even_a = Times(kNormA, Fma(kA2, g2, g0)), odd_a = Times(kNormA * kA, g1);
-    const Vector even_b = Times(kNormB, Fma(kB2, g2, g0)), odd_b = Times(kNormB * kB, g1);
-    t[0] = Times(kNormZero, g0);
-    t[to] = Plus(even_a, odd_a);
-    t[2 * to] = Minus(even_a, odd_a);
-    t[3 * to] = Plus(even_b, odd_b);
-    t[4 * to] = Minus(even_b, odd_b);
-    t[5 * to] = g2;
-  }
-};
-
-struct ToKernel {  // G^T
-  static constexpr int kFrom = 6, kTo = 3;
-  static INLINE void Apply(const Vector* u, int from, Vector* t, int to) {
-    const Vector sum_a = Times(kNormA, Plus(u[from], u[2 * from]));
-    const Vector difference_a = Times(kNormA * kA, Minus(u[from], u[2 * from]));
-    const Vector sum_b = Times(kNormB, Plus(u[3 * from], u[4 * from]));
-    const Vector difference_b = Times(kNormB * kB, Minus(u[3 * from], u[4 * from]));
-    t[0] = Fma(kNormZero, u[0], Plus(sum_a, sum_b));
-    t[to] = Plus(difference_a, difference_b);
-    t[2 * to] = Fma(kA2, sum_a, Fma(kB2, sum_b, u[5 * from]));
-  }
-};
-
-struct ToOutput {  // A^T
-  static constexpr int kFrom = 6, kTo = 4;
-  static INLINE void Apply(const Vector* m, int from, Vector* y, int to) {
-    const Vector sum_a = Plus(m[from], m[2 * from]), difference_a = Minus(m[from], m[2 * from]);
-    const Vector sum_b = Plus(m[3 * from], m[4 * from]), difference_b = Minus(m[3 * from], m[4 * from]);
-    y[0] = Plus(m[0], Plus(sum_a, sum_b));
-    y[to] = Fma(kA, difference_a, Times(kB, difference_b));
-    y[2 * to] = Fma(kA2, sum_a, Times(kB2, sum_b));
-    y[3 * to] = Fma(kA3, difference_a, Fma(kB3, difference_b, m[5 * from]));
-  }
-};
-
-struct OfGradient {  // A
-  static constexpr int kFrom = 4, kTo = 6;
-  static INLINE void Apply(const Vector* y, int from, Vector* t, int to) {
-    const Vector y0 = y[0], y1 = y[from], y2 = y[2 * from], y3 = y[3 * from];
-    const Vector even_a = Fma(kA2, y2, y0), odd_a = Fma(kA3, y3, Times(kA, y1));
-    const Vector even_b = Fma(kB2, y2, y0), odd_b = Fma(kB3, y3, Times(kB, y1));
-    t[0] = y0;
-    t[to] = Plus(even_a, odd_a);
-    t[2 * to] = Minus(even_a, odd_a);
-    t[3 * to] = Plus(even_b, odd_b);
-    t[4 * to] = Minus(even_b, odd_b);
-    t[5 * to] = y3;
-  }
-};
-
-// Both dimensions of a tile: kFrom x kFrom vectors to kTo x kTo.
-template <typename Transform>
-INLINE void Apply(const Vector* tile, Vector* transformed) {
-  constexpr int kFrom = Transform::kFrom, kTo = Transform::kTo;
-  Vector half[kTo * kFrom];
-#pragma GCC unroll 6
-  for (int column = 0; column < kFrom; ++column) Transform::Apply(tile + column, kFrom, half + column, kFrom);
-#pragma GCC unroll 6
-  for (int row = 0; row < kTo; ++row) Transform::Apply(half + row * kFrom, 1, transformed + row * kTo, 1);
-}
 
 // ---------------------------------------------------------------- tiles
 
@@ -192,56 +103,17 @@ inline void TransformTiles(const Shape& shape, const float* image, int64_t image
   }
 }
 
-// ---------------------------------------------------------------- the three passes
-
-// Transforms some columns of the kernel, from a multiple of kPanel on: to[position] is [panel][k][column of the panel].
-// Rows k and columns are the input and output channels, or, with the kernel turned, the output and input channels.
-inline void TransformKernel(const float* kernel, const Shape& shape, bool turned, const Range& columns,
-                            const Matrices& to) {
-  const int64_t k = turned ? shape.out : shape.in, tap = shape.in * shape.out;
-  const __m512i rows = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(shape.out)),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  for (int64_t panel = columns.begin; panel < columns.end; panel += kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, columns.end - panel);
-    for (int64_t row = 0; row < k; ++row) {
-      for (int64_t c = 0; c < width; c += kVector) {
-        Vector taps[9], transformed[kPositions];
-#pragma GCC unroll 9
-        for (int i = 0; i < 9; ++i) {
-          taps[i] = turned ? _mm512_i32gather_ps(rows, kernel + (8 - i) * tap + (panel + c) * shape.out + row, 4)
-                           : _mm512_loadu_ps(kernel + i * tap + row * shape.out + panel + c);
-        }
-        Apply<OfKernel>(taps, transformed);
-#pragma GCC unroll 36
-        for (int i = 0; i < kPositions; ++i) {
-          _mm512_storeu_ps(to[i] + panel * k + row * width + c, transformed[i]);
-        }
-      }
-    }
-  }
-}
-
-inline int64_t ConvolveRoom(int64_t tiles, int64_t from, int64_t to) {
-  return Matrices::Room(tiles * from) + Matrices::Room(tiles * to) + to;
-}
-
-// Convolves some tiles of x, which has `from` channels, with a transformed kernel into y, which has `to`. `scratch` has
-// room for ConvolveRoom numbers.
-inline void Convolve(const Shape& shape, const float* x, int64_t from, const Matrices& kernel, const Range& tiles,
-                     const float* zeros, float* scratch, float* y, int64_t to) {
-  const Matrices inputs(scratch, tiles.size() * from), products(inputs.end(), tiles.size() * to);
-  float* const outside = products.end();
-  TransformTiles<OfInput, 1>(shape, x, from, {0, from}, tiles, from, zeros, inputs);
-  for (int i = 0; i < kPositions; ++i) {
-    Multiply(inputs[i], from, 1, kernel[i], tiles.size(), to, from, products[i], false);
-  }
+// Transforms products, to[position] being [tile][channel], to some channels of an image's tiles, which are written to y;
+// what lies outside of the image to `outside`, room for as many numbers as channels.
+inline void TransformProducts(const Shape& shape, const Matrices& products, const Range& tiles, const Range& channels,
+                              float* y, int64_t image_channels, float* outside) {
   for (int64_t tile = 0; tile < tiles.size(); ++tile) {
     float* places[16];
-    Find<4, 0>(shape, tiles.begin + tile, y, to, outside, places);
-    for (int64_t c = 0; c < to; c += kVector) {
+    Find<4, 0>(shape, tiles.begin + tile, y + channels.begin, image_channels, outside, places);
+    for (int64_t c = 0; c < channels.size(); c += kVector) {
       Vector transformed[kPositions], pixels[16];
 #pragma GCC unroll 36
-      for (int i = 0; i < kPositions; ++i) transformed[i] = _mm512_loadu_ps(products[i] + tile * to + c);
+      for (int i = 0; i < kPositions; ++i) transformed[i] = _mm512_loadu_ps(products[i] + tile * channels.size() + c);
       Apply<ToOutput>(transformed, pixels);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_ps(places[i] + c, pixels[i]);
@@ -249,40 +121,143 @@ inline void Convolve(const Shape& shape, const float* x, int64_t from, const Mat
   }
 }
 
-// A part of the gradient of the kernel: some channels, summed over some tiles.
-struct Part {
-  Range in, out, tiles;
+// ---------------------------------------------------------------- kernels
+
+// Some rows and columns of a kernel. Rows and columns are its input and output channels, or, with the kernel turned, the
+// output and input channels.
+struct KernelPart {
+  Range rows, columns;
 };
 
-inline int64_t KernelGradientRoom(int64_t tiles_at_once, int64_t in, int64_t out) {
+// Transforms a part: to[position] is [panel][row][column of the panel].
+inline void TransformKernel(const float* kernel, const Shape& shape, bool turned, const KernelPart& part,
+                            const Matrices& to) {
+  const int64_t tap = shape.in * shape.out;
+  for (int64_t panel = part.columns.begin; panel < part.columns.end; panel += kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, part.columns.end - panel);
+    const Matrices to_panel = to.From((panel - part.columns.begin) * part.rows.size());
+    for (int64_t first = part.rows.begin; first < part.rows.end; first += kVector) {
+      for (int64_t c = 0; c < width; c += kVector) {
+        Vector turned_taps[9][kVector];
+        for (int i = 0; turned && i < 9; ++i) {
+          __m512i columns[kVector];
+#pragma GCC unroll 16
+          for (int j = 0; j < kVector; ++j) {
+            columns[j] = _mm512_loadu_si512(kernel + (8 - i) * tap + (panel + c + j) * shape.out + first);
+          }
+          Turn(columns);
+#pragma GCC unroll 16
+          for (int j = 0; j < kVector; ++j) turned_taps[i][j] = _mm512_castsi512_ps(columns[j]);
+        }
+        for (int64_t row = 0; row < kVector; ++row) {
+          Vector taps[9], transformed[kPositions];
+#pragma GCC unroll 9
+          for (int i = 0; i < 9; ++i) {
+            taps[i] = turned ? turned_taps[i][row]
+                             : _mm512_loadu_ps(kernel + i * tap + (first + row) * shape.out + panel + c);
+          }
+          Apply<OfKernel>(taps, transformed);
+          const int64_t at = (first - part.rows.begin + row) * width + c;
+#pragma GCC unroll 36
+          for (int i = 0; i < kPositions; ++i) _mm512_storeu_ps(to_panel[i] + at, transformed[i]);
+        }
+      }
+    }
+  }
+}
+
+// Transforms sums of products, sums[position] being [row][column], to the taps of a part of a kernel, which has rows of
+// `in` and columns of `out`. They are added to dw if `adding`.
+inline void TransformSums(const Matrices& sums, const Shape& shape, const KernelPart& part, bool adding, float* dw) {
+  for (int64_t row = 0; row < part.rows.size(); ++row) {
+    for (int64_t c = 0; c < part.columns.size(); c += kVector) {
+      Vector transformed[kPositions], taps[9];
+#pragma GCC unroll 36
+      for (int i = 0; i < kPositions; ++i) transformed[i] = _mm512_loadu_ps(sums[i] + row * part.columns.size() + c);
+      Apply<ToKernel>(transformed, taps);
+      float* const at = dw + (part.rows.begin + row) * shape.out + part.columns.begin + c;
+      for (int i = 0; i < 9; ++i) {
+        float* const to = at + i * shape.in * shape.out;
+        _mm512_storeu_ps(to, adding ? Plus(_mm512_loadu_ps(to), taps[i]) : taps[i]);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- convolutions
+
+// Of the tiles and the kernel one is transformed in advance, the one that has fewer numbers; the other one a part at a
+// time, which then stays in the cache. The results are the same.
+
+inline int64_t ConvolveTilesRoom(int64_t tiles, int64_t from, int64_t to) {
+  return Matrices::Room(tiles * from) + Matrices::Room(tiles * to) + to;
+}
+
+// Convolves some tiles of x, which has `from` channels, with a transformed kernel into y, which has `to`. `scratch` has
+// room for ConvolveTilesRoom numbers.
+inline void ConvolveTiles(const Shape& shape, const float* x, int64_t from, const Matrices& kernel, const Range& tiles,
+                          const float* zeros, float* scratch, float* y, int64_t to) {
+  const Matrices inputs(scratch, tiles.size() * from), products(inputs.end(), tiles.size() * to);
+  TransformTiles<OfInput, 1>(shape, x, from, {0, from}, tiles, from, zeros, inputs);
+  for (int i = 0; i < kPositions; ++i) {
+    Multiply(inputs[i], from, 1, kernel[i], tiles.size(), to, from, products[i], false);
+  }
+  TransformProducts(shape, products, tiles, {0, to}, y, to, products.end());
+}
+
+constexpr int64_t kRowsAtOnce = 256;  // of a panel of the kernel, which are transformed, then multiplied
+
+inline int64_t ConvolvePanelRoom(int64_t tiles) {
+  return Matrices::Room(tiles * kPanel) + Matrices::Room(kRowsAtOnce * kPanel) + kPanel;
+}
+
+// Convolves all tiles, transformed, with a panel of the kernel's columns. `scratch` has room for ConvolvePanelRoom numbers.
+inline void ConvolvePanel(const Shape& shape, const Matrices& inputs, int64_t from, const float* kernel, bool turned,
+                          const Range& columns, float* scratch, float* y, int64_t to) {
+  const int64_t tiles = shape.tiles();
+  const Matrices products(scratch, tiles * columns.size()), panel(products.end(), kRowsAtOnce * columns.size());
+  for (int64_t row = 0; row < from; row += kRowsAtOnce) {
+    const Range rows{row, std::min(from, row + kRowsAtOnce)};
+    TransformKernel(kernel, shape, turned, {rows, columns}, panel);
+    for (int i = 0; i < kPositions; ++i) {
+      Multiply(inputs[i] + row, from, 1, panel[i], tiles, columns.size(), rows.size(), products[i], row > 0);
+    }
+  }
+  TransformProducts(shape, products, {0, tiles}, columns, y, to, panel.end());
+}
+
+// ---------------------------------------------------------------- gradients of kernels
+
+inline int64_t GradientOfTilesRoom(int64_t tiles_at_once, int64_t in, int64_t out) {
   return Matrices::Room(tiles_at_once * in) + Matrices::Room(tiles_at_once * out) + Matrices::Room(in * out);
 }
 
-// Writes a part of the gradient into dw[9][in][out]. `scratch` has room for KernelGradientRoom numbers.
-inline void KernelGradient(const Shape& shape, const float* x, const float* dy, const Part& part,
-                           int64_t tiles_at_once, const float* zeros, float* scratch, float* dw) {
-  const int64_t in = part.in.size(), out = part.out.size();
-  const Matrices sums(scratch, in * out);
-  for (int64_t begin = part.tiles.begin; begin < part.tiles.end; begin += tiles_at_once) {
-    const Range tiles{begin, std::min(part.tiles.end, begin + tiles_at_once)};
-    const Matrices inputs(sums.end(), tiles.size() * in), gradients(inputs.end(), tiles.size() * out);
-    TransformTiles<OfInput, 1>(shape, x, shape.in, part.in, tiles, in, zeros, inputs);
-    TransformTiles<OfGradient, 0>(shape, dy, shape.out, part.out, tiles, kPanel, zeros, gradients);
+// Writes what some tiles have of the gradient of a kernel, all of it, into dw[9][in][out]. `scratch` has room for
+// GradientOfTilesRoom numbers.
+inline void GradientOfTiles(const Shape& shape, const float* x, const float* dy, const Range& all_tiles,
+                            int64_t tiles_at_once, const float* zeros, float* scratch, float* dw) {
+  const Matrices sums(scratch, shape.in * shape.out);
+  for (int64_t begin = all_tiles.begin; begin < all_tiles.end; begin += tiles_at_once) {
+    const Range tiles{begin, std::min(all_tiles.end, begin + tiles_at_once)};
+    const Matrices inputs(sums.end(), tiles.size() * shape.in), gradients(inputs.end(), tiles.size() * shape.out);
+    TransformTiles<OfInput, 1>(shape, x, shape.in, {0, shape.in}, tiles, shape.in, zeros, inputs);
+    TransformTiles<OfGradient, 0>(shape, dy, shape.out, {0, shape.out}, tiles, kPanel, zeros, gradients);
     for (int i = 0; i < kPositions; ++i) {
-      Multiply(inputs[i], 1, in, gradients[i], in, out, tiles.size(), sums[i], begin > part.tiles.begin);
+      Multiply(inputs[i], 1, shape.in, gradients[i], shape.in, shape.out, tiles.size(), sums[i], begin > all_tiles.begin);
     }
   }
-  for (int64_t row = 0; row < in; ++row) {
-    for (int64_t c = 0; c < out; c += kVector) {
-      Vector transformed[kPositions], taps[9];
-#pragma GCC unroll 36
-      for (int i = 0; i < kPositions; ++i) transformed[i] = _mm512_loadu_ps(sums[i] + row * out + c);
-      Apply<ToKernel>(transformed, taps);
-      float* const at = dw + (part.in.begin + row) * shape.out + part.out.begin + c;
-#pragma GCC unroll 9
-      for (int i = 0; i < 9; ++i) _mm512_storeu_ps(at + i * shape.in * shape.out, taps[i]);
-    }
-  }
+  TransformSums(sums, shape, {{0, shape.in}, {0, shape.out}}, false, dw);
+}
+
+// Writes what some tiles have of a part of the gradient into dw[9][in][out], or adds it. The part's rows of the transformed
+// tiles are inputs[position][tile][row], and its columns, a panel, are gradients[position][tile][column]. `scratch` has room
+// for the 36 matrices of a part.
+inline void GradientOfPart(const Shape& shape, const Matrices& inputs, const Matrices& gradients, int64_t tiles,
+                           const KernelPart& part, bool adding, float* scratch, float* dw) {
+  const int64_t rows = part.rows.size(), columns = part.columns.size();
+  const Matrices sums(scratch, rows * columns);
+  for (int i = 0; i < kPositions; ++i) Multiply(inputs[i], 1, rows, gradients[i], rows, columns, tiles, sums[i], false);
+  TransformSums(sums, shape, part, adding, dw);
 }
 
 #pragma GCC pop_options

@@ -17,7 +17,8 @@ from hpctrain.models.registry import build
 from tests.threads import digests
 
 # (images, height, width, input channels, output channels): whole tiles of 4 and cut ones, panels of 32 and half ones,
-# blocks of 64 channels and cut ones, more tiles than a chunk has.
+# blocks of 64 channels and cut ones, more tiles than a chunk has; fewer tiles than channels and more, of more rows than
+# are multiplied at once, and more tiles than are transformed in advance.
 SHAPES = [
     (1, 1, 1, 16, 16),
     (2, 3, 5, 16, 48),
@@ -25,6 +26,8 @@ SHAPES = [
     (1, 9, 6, 80, 144),
     (2, 7, 7, 128, 64),
     (40, 14, 13, 16, 32),
+    (1, 9, 6, 320, 272),
+    (60, 13, 14, 80, 96),
 ]
 
 needs_avx512 = pytest.mark.skipif(native.winograd() is None, reason="Winograd's operation is for CPUs with AVX-512")
@@ -88,9 +91,9 @@ def test_errors_are_those_of_float32_and_not_of_less() -> None:
 
 @needs_avx512
 def test_what_an_image_has_does_not_reach_another_one() -> None:
-    x, kernel, dy = problem((3, 6, 6, 16, 16))
+    x, kernel, dy = problem((9, 6, 6, 16, 16))  # more tiles than channels, and one image of fewer
     alone = computed(x[1:2], kernel, dy[1:2])
-    x[0], x[2], dy[0], dy[2] = np.nan, np.inf, np.nan, np.inf
+    x[0], x[2:], dy[0], dy[2:] = np.nan, np.inf, np.nan, np.inf
     among = computed(x, kernel, dy)
     for name in ("y", "dx"):
         np.testing.assert_array_equal(among[name][1:2], alone[name])
@@ -163,7 +166,7 @@ def test_shapes_are_known_before_it_runs() -> None:
 def digest() -> str:
     """A digest of all results for shapes of many pieces."""
     everything = hashlib.sha256()
-    for shape in ((8, 30, 31, 16, 48), (5, 14, 14, 128, 96), (2, 56, 56, 64, 64)):
+    for shape in ((8, 30, 31, 16, 48), (5, 14, 14, 128, 96), (40, 14, 14, 128, 96), (2, 56, 56, 64, 64)):
         for name, values in sorted(computed(*problem(shape)).items()):
             everything.update(name.encode() + values.tobytes())
     return everything.hexdigest()
