@@ -19,6 +19,12 @@ def has_bfloat16() -> bool:
     return not _BFLOAT16.isdisjoint(instructions())
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Return whether it has instructions for products of matrices of bfloat16."""
+    return "amx_bf16" in instructions()
+
+
 def instructions() -> list[str]:
     """Return the kernel's names of the instruction sets it has, such as `avx512f`."""
     return _value("flags", "Features").split()

@@ -56,10 +56,10 @@ def winograd() -> Any:
 
 @functools.cache
 def kernel_grad() -> Any:
-    """Return the operation (x, dy) -> float32[kh, kw, in, out] for bfloat16 images and gradients, or None. Needs AMX.
+    """Return the operation (x, dy) -> float32[kh, kw, in, out] for bfloat16 images and gradients, or None.
 
-    It is the gradient of a convolution's kernel. Attributes are `kernel_size`, two integers, `stride` and `padding`,
-    "SAME" or "VALID".
+    It is the gradient of a convolution's kernel. Attributes are `kernel_size`, two integers, `stride`, `padding`,
+    "SAME" or "VALID", and whether `amx` may be used where it is there. Needs that or AVX512_BF16.
     """
     loaded = _load_if_it_works("kernel_grad")
     return loaded and loaded.hpctrain_kernel_grad

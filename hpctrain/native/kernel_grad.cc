@@ -1,12 +1,12 @@
 // TensorFlow operation HpctrainKernelGrad: the gradient of a convolution's kernel from bfloat16 images and gradients, on
-// processors with AMX. kernel_grad.h says how.
+// processors with AMX or AVX512_BF16. kernel_grad.h says how.
 //
 // Results do not depend on the number of threads: each number of the gradient is summed up by one thread, in the order
 // of positions.
 
 #if defined(__x86_64__) && defined(__GNUC__) && __has_include(<amxbf16intrin.h>)  // g++ 11 and newer
 
-#include "kernel_grad.h"
+#include "kernel_grad_products.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -23,18 +23,28 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
-// Whether this CPU has the instructions for the operation, and Linux lets this process use them.
-extern "C" bool hpctrain_kernel_grad_works() {
+namespace {
+
+bool HasAvx512() {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
-    return false;
-  }
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+
+// Whether this CPU has AMX, and Linux lets this process use it.
+bool HasAmx() {
   constexpr unsigned kAmxBfloat16 = 1u << 22, kAmxTile = 1u << 24;
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBfloat16) || !(d & kAmxTile)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+// Whether this CPU has the instructions for the operation.
+extern "C" bool hpctrain_kernel_grad_works() {
+  return HasAvx512() && (__builtin_cpu_supports("avx512bf16") || HasAmx());
 }
 
 namespace {
@@ -56,6 +66,8 @@ class KernelGrad : public tf::OpKernel {
   explicit KernelGrad(tf::OpKernelConstruction* context) : tf::OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("kernel_size", &kernel_size_));
     OP_REQUIRES_OK(context, context->GetAttr("stride", &stride_));
+    OP_REQUIRES_OK(context, context->GetAttr("amx", &amx_));
+    amx_ = amx_ && HasAmx();
     std::string padding;
     OP_REQUIRES_OK(context, context->GetAttr("padding", &padding));
     same_ = padding == "SAME";
@@ -127,14 +139,19 @@ class KernelGrad : public tf::OpKernel {
   }
 
   // Writes the gradient into sums[kernel_height * kernel_width][in()][out()].
-  static void Sum(tf::OpKernelContext* context, const Convolution& of, const Bits* x, const Bits* dy, float* sums) {
+  void Sum(tf::OpKernelContext* context, const Convolution& of, const Bits* x, const Bits* dy, float* sums) const {
+    (amx_ ? SumBy<Amx> : SumBy<Avx512>)(context, of, x, dy, sums);
+  }
+
+  template <typename Instructions>
+  static void SumBy(tf::OpKernelContext* context, const Convolution& of, const Bits* x, const Bits* dy, float* sums) {
     tf::thread::ThreadPool* const threads = context->device()->tensorflow_cpu_worker_threads()->workers;
     const Grid grid(of);
-    const int64_t room = kRoom * threads->NumThreads() / (of.phases() * of.in() + of.out());
+    const int64_t room = Instructions::kRoom * threads->NumThreads() / (of.phases() * of.in() + of.out());
     const int64_t most = std::max({room, 2 * grid.farthest, kFewestPositions});
     const int64_t positions = RoundUp(of.images * grid.image, kPositions);
-    const int64_t at_once = RoundUp(Parts(positions, Parts(positions, most)), kPositions);
-    const Band largest(grid, 0, at_once);
+    const int64_t at_once = RoundUp(Parts(positions, Parts(positions, most)), kInARow);
+    const Band largest(grid, 0, std::min(positions, at_once));
     tf::Tensor zeros, turned, paired;
     OP_REQUIRES_OK(context, Allocate(context, std::max(of.channels_in, of.channels_out), &zeros));
     OP_REQUIRES_OK(context, Allocate(context, of.phases() * of.in() * largest.of_x, &turned));
@@ -158,10 +175,10 @@ class KernelGrad : public tf::OpKernel {
       });
       const int64_t blocks_in = Parts(of.in(), 2 * kTile), blocks_out = Parts(of.out(), 2 * kTile);
       ForEach(threads, blocks_in * blocks_out, [&](int64_t first, int64_t last) {
-        const Tiles tiles;
+        [[maybe_unused]] const typename Instructions::Scope scope;
         for (int64_t block = first; block < last; ++block) {
           const int64_t in = block / blocks_out * 2 * kTile, out = block % blocks_out * 2 * kTile;
-          MultiplyChannels(of, grid, band, in, out, BitsOf(turned), BitsOf(paired), begin > 0, sums);
+          MultiplyChannels<Instructions>(of, grid, band, in, out, BitsOf(turned), BitsOf(paired), begin > 0, sums);
         }
       });
     }
@@ -177,11 +194,10 @@ class KernelGrad : public tf::OpKernel {
                          work);
   }
 
-  static constexpr int64_t kRoom = 384 * 1024;      // numbers that are laid out for each thread: they stay in its cache
   static constexpr int64_t kFewestPositions = 512;  // fewer are not worth reading and writing the sums
   std::vector<int64_t> kernel_size_;
   int64_t stride_;
-  bool same_;
+  bool same_, amx_;
 };
 
 // ---------------------------------------------------------------- registration
@@ -196,6 +212,7 @@ REGISTER_OP("HpctrainKernelGrad")
     .Attr("kernel_size: list(int) = [1, 1]")
     .Attr("stride: int = 1")
     .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("amx: bool = true")
     .SetShapeFn([](InferenceContext* context) {
       ShapeHandle x, dy;
       std::vector<int64_t> size;
@@ -211,7 +228,7 @@ REGISTER_KERNEL_BUILDER(Name("HpctrainKernelGrad").Device(tf::DEVICE_CPU), Kerne
 
 }  // namespace
 
-#else  // other processors have no AMX, and older compilers do not know it
+#else  // other processors have other instructions, and older compilers do not know these
 
 extern "C" bool hpctrain_kernel_grad_works() { return false; }
 

@@ -1,10 +1,10 @@
-// The gradient of a convolution's kernel from bfloat16 images x and gradients dy of its output, with the matrix
-// instructions of AMX: products of bfloat16 are exact, sums are float32.
+// The gradient of a convolution's kernel from bfloat16 images x and gradients dy of its output: how these are laid out
+// for instructions that multiply bfloat16 numbers exactly and add up in float32. kernel_grad_products.h has the products.
 //
 //   dw[i][j][in][out] = sum over images, rows r and columns c of x[r * stride + i - top][c * stride + j - left][in]
 //                       * dy[r][c][out]
 //
-// The instructions multiply tiles: 16 numbers of `in` times 32 positions with 32 positions times 16 numbers of `out`. So
+// Tiles are multiplied: 16 numbers of `in` times 32 positions with 32 positions times 16 numbers of `out`. So
 // x is laid out with positions side by side ("turned": [in][position]), and dy with two positions of a number side by
 // side ("paired": [position / 2][out][2]).
 //
@@ -183,116 +183,6 @@ inline void LayOutPaired(const Convolution& of, const Grid& grid, const Band& ba
         _mm512_storeu_si512(next + pair * 32, _mm512_permutex2var_epi64(low, second, high));
       }
     }
-  }
-}
-
-#pragma GCC pop_options
-
-// ---------------------------------------------------------------- tiles
-
-#pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16")
-
-// The registers of tiles are all of 16 rows of 64 bytes while one of these lives, on its thread.
-class Tiles {
- public:
-  Tiles() {
-    alignas(64) Configuration whole = {};
-    whole.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      whole.bytes[tile] = 64;
-      whole.rows[tile] = 16;
-    }
-    __asm__ volatile("ldtilecfg %0" ::"m"(whole) : "memory");
-  }
-  ~Tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-
- private:
-  struct Configuration {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  };
-};
-
-// sums[i * bs + j][16][16] = or += a[i][16][positions] * b[j][positions / 2][16][2] for i < as, j < bs. Rows of sums and of
-// a are sums_row and a_row numbers apart. The order of a sum is that of positions.
-//
-// A product waits for the one before that adds to the same tile, so four sums at a time are several times as fast as one.
-template <int as, int bs>
-inline void Multiply(const Bits* const* a, int64_t a_row, const Bits* const* b, int64_t positions, float* const* sums,
-                     int64_t sums_row, bool adding) {
-  static_assert(as * bs <= 4 && bs <= 2, "tiles 0 to 3 are for sums, 4 and 5 for a, 6 and 7 for b");
-  constexpr int kSums = as * bs;
-  const int64_t of_sums = sums_row * sizeof(float), of_a = a_row * sizeof(Bits);
-  if (adding) {
-    _tile_loadd(0, sums[0], of_sums);
-    if constexpr (kSums > 1) _tile_loadd(1, sums[1], of_sums);
-    if constexpr (kSums > 2) _tile_loadd(2, sums[2], of_sums);
-    if constexpr (kSums > 3) _tile_loadd(3, sums[3], of_sums);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t position = 0; position < positions; position += kPositions) {
-    _tile_loadd(6, b[0] + position * kTile, 64);
-    if constexpr (bs == 2) _tile_loadd(7, b[1] + position * kTile, 64);
-    _tile_loadd(4, a[0] + position, of_a);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (bs == 2) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (as > 1) {
-      _tile_loadd(5, a[1] + position, of_a);
-      if constexpr (bs == 2) {
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      } else {
-        _tile_dpbf16ps(1, 5, 6);
-      }
-    }
-    if constexpr (as > 2) {
-      _tile_loadd(4, a[2] + position, of_a);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    if constexpr (as > 3) {
-      _tile_loadd(5, a[3] + position, of_a);
-      _tile_dpbf16ps(3, 5, 6);
-    }
-  }
-  _tile_stored(0, sums[0], of_sums);
-  if constexpr (kSums > 1) _tile_stored(1, sums[1], of_sums);
-  if constexpr (kSums > 2) _tile_stored(2, sums[2], of_sums);
-  if constexpr (kSums > 3) _tile_stored(3, sums[3], of_sums);
-}
-
-// Adds what a band has of up to two tiles of `in` and two of `out` channels, from these channels on, to
-// dw[taps][in()][out()], or sets it. To be called while there are Tiles.
-inline void MultiplyChannels(const Convolution& of, const Grid& grid, const Band& band, int64_t in, int64_t out,
-                             const Bits* turned, const Bits* paired, bool adding, float* dw) {
-  const int64_t high = std::min<int64_t>(2, (of.in() - in) / kTile), wide = std::min<int64_t>(2, (of.out() - out) / kTile);
-  const int64_t all = of.kernel_height * of.kernel_width * high, most = 4 / wide;
-  const Bits* b[2];
-  for (int64_t j = 0; j < wide; ++j) b[j] = paired + (out + j * kTile) * band.of_dy;
-  for (int64_t begin = 0; begin < all; begin += most) {
-    const int64_t as = std::min(most, all - begin);
-    const Bits* a[4];
-    float* sums[4];
-    for (int64_t i = 0; i < as; ++i) {
-      const int64_t tap = (begin + i) / high, channel = in + (begin + i) % high * kTile;
-      const int64_t row = tap / of.kernel_width, column = tap % of.kernel_width;
-      const int64_t phase = row % of.stride * of.phases_wide() + column % of.stride;
-      a[i] = turned + (phase * of.in() + channel) * band.of_x + grid.Ahead(of, row, column);
-      for (int64_t j = 0; j < wide; ++j) sums[i * wide + j] = dw + (tap * of.in() + channel) * of.out() + out + j * kTile;
-    }
-    const auto multiply = wide == 2 ? (as == 2 ? Multiply<2, 2> : Multiply<1, 2>)
-                                    : (as == 4   ? Multiply<4, 1>
-                                       : as == 3 ? Multiply<3, 1>
-                                       : as == 2 ? Multiply<2, 1>
-                                                 : Multiply<1, 1>);
-    multiply(a, band.of_x, b, band.of_dy, sums, of.out(), adding);
   }
 }
 

@@ -91,43 +91,56 @@ class Winograd : public tf::OpKernel {
     const Shape shape{x.dim_size(0), x.dim_size(1), x.dim_size(2), kernel.dim_size(2), kernel.dim_size(3)};
     OP_REQUIRES_OK(context, CheckChannels(shape.in, shape.out));
     const int64_t from = turned_ ? shape.out : shape.in, to = turned_ ? shape.in : shape.out;
-    tf::Tensor *y, zeros, transformed;
+    tf::Tensor *y, zeros;
     OP_REQUIRES_OK(context,
                    context->allocate_output(0, tf::TensorShape({shape.images, shape.height, shape.width, to}), &y));
     if (y->NumElements() == 0) return;
     OP_REQUIRES_OK(context, Zeros(context, from, &zeros));
-    // Of tiles and kernel, that which has fewer numbers.
-    const bool tiles_first = shape.tiles() < to;
-    const int64_t numbers = from * (tiles_first ? shape.tiles() : to);
-    OP_REQUIRES_OK(context, Allocate(context, Matrices::Room(numbers), &transformed));
-    const Matrices in_advance(Numbers(transformed), numbers);
-
-    if (tiles_first) {
-      OP_REQUIRES_OK(context, ForEach(context, Parts(shape.tiles(), kTilesAtOnce), 0, [&](int64_t piece, float*) {
-        const Range tiles = Piece(piece, kTilesAtOnce, shape.tiles());
-        TransformTiles<OfInput, 1>(shape, Numbers(x), from, {0, from}, tiles, from, Numbers(zeros),
-                                   in_advance.From(tiles.begin * from));
-      }));
-      const int64_t room = ConvolvePanelRoom(shape.tiles());
-      OP_REQUIRES_OK(context, ForEach(context, Parts(to, kPanel), room, [&](int64_t piece, float* scratch) {
-        ConvolvePanel(shape, in_advance, from, Numbers(kernel), turned_, Piece(piece, kPanel, to), scratch, Numbers(*y), to);
-      }));
-      return;
-    }
-    const int64_t columns = std::max(kPanel, RoundUp(kFewestWeights / from, kPanel));
-    OP_REQUIRES_OK(context, ForEach(context, Parts(to, columns), 0, [&](int64_t piece, float*) {
-      const Range range = Piece(piece, columns, to);
-      TransformKernel(Numbers(kernel), shape, turned_, {{0, from}, range}, in_advance.From(range.begin * from));
-    }));
-    const int64_t at_once = TilesAtOnce(shape, Threads(context)->NumThreads());
-    const int64_t room = ConvolveTilesRoom(at_once, from, to);
-    OP_REQUIRES_OK(context, ForEach(context, Parts(shape.tiles(), at_once), room, [&](int64_t piece, float* scratch) {
-      const Range tiles = Piece(piece, at_once, shape.tiles());
-      ConvolveTiles(shape, Numbers(x), from, in_advance, tiles, Numbers(zeros), scratch, Numbers(*y), to);
-    }));
+    const Problem problem{shape, from, to, Numbers(x), Numbers(kernel), Numbers(zeros), Numbers(*y)};
+    OP_REQUIRES_OK(context, shape.tiles() < to ? TilesFirst(context, problem) : KernelFirst(context, problem));
   }
 
  private:
+  struct Problem {
+    Shape shape;
+    int64_t from, to;  // channels of x and y
+    const float *x, *kernel, *zeros;
+    float* y;
+  };
+
+  // Transforms all tiles, which have fewer numbers than the kernel, and then that, a panel of columns at a time.
+  absl::Status TilesFirst(tf::OpKernelContext* context, const Problem& of) const {
+    const int64_t tiles = of.shape.tiles(), room = ConvolvePanelRoom(tiles);
+    tf::Tensor transformed;
+    TF_RETURN_IF_ERROR(Allocate(context, Matrices::Room(tiles * of.from), &transformed));
+    const Matrices inputs(Numbers(transformed), tiles * of.from);
+    TF_RETURN_IF_ERROR(ForEach(context, Parts(tiles, kTilesAtOnce), 0, [&](int64_t piece, float*) {
+      const Range range = Piece(piece, kTilesAtOnce, tiles);
+      TransformTiles<OfInput, 1>(of.shape, of.x, of.from, {0, of.from}, range, of.from, of.zeros,
+                                 inputs.From(range.begin * of.from));
+    }));
+    return ForEach(context, Parts(of.to, kPanel), room, [&](int64_t piece, float* scratch) {
+      ConvolvePanel(of.shape, inputs, of.from, of.kernel, turned_, Piece(piece, kPanel, of.to), scratch, of.y, of.to);
+    });
+  }
+
+  // Transforms the kernel, and then some tiles at a time.
+  absl::Status KernelFirst(tf::OpKernelContext* context, const Problem& of) const {
+    const int64_t columns = std::max(kPanel, RoundUp(kFewestWeights / of.from, kPanel));
+    const int64_t tiles = of.shape.tiles(), at_once = TilesAtOnce(of.shape, Threads(context)->NumThreads());
+    tf::Tensor transformed;
+    TF_RETURN_IF_ERROR(Allocate(context, Matrices::Room(of.from * of.to), &transformed));
+    const Matrices kernels(Numbers(transformed), of.from * of.to);
+    TF_RETURN_IF_ERROR(ForEach(context, Parts(of.to, columns), 0, [&](int64_t piece, float*) {
+      const Range range = Piece(piece, columns, of.to);
+      TransformKernel(of.kernel, of.shape, turned_, {{0, of.from}, range}, kernels.From(range.begin * of.from));
+    }));
+    const int64_t room = ConvolveTilesRoom(at_once, of.from, of.to);
+    return ForEach(context, Parts(tiles, at_once), room, [&](int64_t piece, float* scratch) {
+      ConvolveTiles(of.shape, of.x, of.from, kernels, Piece(piece, at_once, tiles), of.zeros, scratch, of.y, of.to);
+    });
+  }
+
   // Every piece of tiles reads the whole kernel: as many tiles as take the memory that the kernel does, but several
   // pieces for each thread. Of how many does not change the results.
   static int64_t TilesAtOnce(const Shape& shape, int64_t threads) {

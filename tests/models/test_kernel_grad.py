@@ -1,4 +1,4 @@
-"""The gradient of kernels by tiles of AMX against float64, and where it is used."""
+"""The gradient of kernels by tiles, with AMX and without, against float64, and where it is used."""
 
 import hashlib
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hpctrain import native
+from hpctrain import native, processor
 from hpctrain.models.convolution import convolve
 from hpctrain.models.layers import FastConv2D, FastDense, GroupedConv2D
 from tests.threads import digests
 
-pytestmark = pytest.mark.skipif(native.kernel_grad() is None, reason="this gradient is for CPUs with AMX")
+pytestmark = pytest.mark.skipif(native.kernel_grad() is None, reason="this is for CPUs with AMX or AVX512_BF16")
 
 Case = tuple[int, int, int, int, int, int, int, int, str]
 # (images, height, width, input channels, output channels, kernel height and width, stride, padding): whole tiles and
@@ -50,8 +50,8 @@ def problem(case: Case, seed: int = 0) -> tuple[Any, Any]:
     return x, tf.cast(rng.normal(0.0, 1.0, shape), tf.bfloat16)
 
 
-def computed(case: Case, x: Any, dy: Any) -> np.ndarray:
-    return native.kernel_grad()(x=x, dy=dy, kernel_size=case[5:7], stride=case[7], padding=case[8]).numpy()
+def computed(case: Case, x: Any, dy: Any, amx: bool = True) -> np.ndarray:
+    return native.kernel_grad()(x=x, dy=dy, kernel_size=case[5:7], stride=case[7], padding=case[8], amx=amx).numpy()
 
 
 def expected(case: Case, x: Any, dy: Any) -> np.ndarray:
@@ -65,10 +65,11 @@ def expected(case: Case, x: Any, dy: Any) -> np.ndarray:
     ).numpy()
 
 
+@pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_what_float64_says(case: Case) -> None:
+def test_it_is_what_float64_says(case: Case, amx: bool) -> None:
     x, dy = problem(case)
-    found, wanted = computed(case, x, dy), expected(case, x, dy)
+    found, wanted = computed(case, x, dy, amx), expected(case, x, dy)
     assert found.dtype == np.float32 and found.shape == wanted.shape
     assert np.abs(found - wanted).max() <= 1e-5 * np.sqrt(np.mean(wanted**2))
 
@@ -118,7 +119,8 @@ def digest() -> str:
     """A digest of the results of all cases."""
     everything = hashlib.sha256()
     for case in CASES:
-        everything.update(computed(case, *problem(case)).tobytes())
+        for amx in (True, False):
+            everything.update(computed(case, *problem(case), amx=amx).tobytes())
     return everything.hexdigest()
 
 
@@ -130,16 +132,21 @@ def layer(kind: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return kind(*arguments, dtype="mixed_bfloat16", **options)
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (lambda: layer(FastConv2D, 32, 3, padding="same"), (2, 6, 6, 16)),
-        (lambda: layer(FastConv2D, 24, 5, 2), (2, 9, 9, 3)),
-        (lambda: layer(GroupedConv2D, 32, 3, 2), (2, 6, 6, 32)),
-        (lambda: layer(FastDense, 10), (4, 20)),
-    ],
-)
-def test_layers_use_it_and_their_kernels_gradient_is_not_rounded(make: Callable[[], Any], shape: Any) -> None:
+LAYERS: list[tuple[Callable[[], Any], tuple[int, ...], bool]] = [  # the last: also where there is no AMX
+    (lambda: layer(FastConv2D, 32, 3, padding="same"), (2, 6, 6, 16), True),
+    (lambda: layer(GroupedConv2D, 32, 3, 2), (2, 6, 6, 32), True),
+    (lambda: layer(FastConv2D, 32, 1), (2, 6, 6, 16), False),
+    (lambda: layer(FastConv2D, 24, 5, 2), (2, 9, 9, 3), False),
+    (lambda: layer(FastDense, 10), (4, 20), False),
+]
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize(("make", "shape", "always"), LAYERS)
+def test_layers_use_it_where_it_is_faster_and_do_not_round_it(
+    make: Callable[[], Any], shape: tuple[int, ...], always: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "has_amx", lambda: amx)
     of_layer = make()
     x = tf.cast(np.random.default_rng(0).normal(size=shape), tf.bfloat16)
     of_layer(x)
@@ -153,10 +160,11 @@ def test_layers_use_it_and_their_kernels_gradient_is_not_rounded(make: Callable[
         return tape.gradient(loss, of_layer.kernel.value)
 
     types = {operation.type for operation in gradient.get_concrete_function().graph.get_operations()}
-    assert "HpctrainKernelGrad" in types
+    assert ("HpctrainKernelGrad" in types) == (amx or always)
     found = gradient()
     assert found.dtype == tf.float32
-    assert np.any(found != tf.cast(tf.cast(found, tf.bfloat16), tf.float32))
+    rounded = np.all(found == tf.cast(tf.cast(found, tf.bfloat16), tf.float32))
+    assert rounded != ("HpctrainKernelGrad" in types)
 
 
 def test_shapes_are_known_before_it_runs() -> None:
