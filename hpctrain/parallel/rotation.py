@@ -77,7 +77,8 @@ def _exchange(group: Sequence[_Member]) -> None:
 
     Threads are looked up before the pause: Linux lets a thread that has just used its CPU wait for others, up to some
     milliseconds, and two ranks would be in one place meanwhile. For the same reason this thread stays where the first
-    rank was, and begins with whoever is there now: that CPU is free while the others are moved.
+    rank was, and begins with whoever is there now: that CPU is free while the others are moved. A thread that is
+    put elsewhere, even in the pause, stays there.
     """
     home, cpus, used = group[0].cpus, [member.cpus for member in group], 0.0
     os.sched_setaffinity(0, home)
@@ -86,11 +87,11 @@ def _exchange(group: Sequence[_Member]) -> None:
         began = time.thread_time()
         threads = [_threads(member.process, own) for member, own in zip(group, cpus, strict=True)]
         time.sleep(max(_PERIOD_SECONDS, used / _SHARE))
-        first = cpus.index(home)
+        first, before = cpus.index(home), cpus
         cpus = [*cpus[1:], cpus[0]]
         try:
             for i in (*range(first, len(group)), *range(first)):
-                _move(threads[i], cpus[i])
+                _move([thread for thread in threads[i] if _runs_on(thread, before[i])], cpus[i])
         except OSError:  # such as a set of CPUs that somebody has made smaller
             for one, member in zip(threads, group, strict=True):
                 with contextlib.suppress(OSError):
@@ -100,14 +101,20 @@ def _exchange(group: Sequence[_Member]) -> None:
 
 
 def _threads(process: int, cpus: Collection[int]) -> list[int]:
-    """The threads of a process that may run on just these CPUs, but this one; those put elsewhere stay there."""
+    """The threads of a process that may run on just these CPUs, but this one."""
     found, this = [], threading.get_native_id()
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
         for thread in map(int, os.listdir(f"/proc/{process}/task")):
-            with contextlib.suppress(ProcessLookupError):
-                if thread != this and os.sched_getaffinity(thread) == set(cpus):
-                    found.append(thread)
+            if thread != this and _runs_on(thread, cpus):
+                found.append(thread)
     return found
+
+
+def _runs_on(thread: int, cpus: Collection[int]) -> bool:
+    """Whether a thread is there and may run on just these CPUs."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.sched_getaffinity(thread) == set(cpus)
+    return False
 
 
 def _move(threads: Collection[int], cpus: Collection[int]) -> None:

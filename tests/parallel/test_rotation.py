@@ -23,9 +23,9 @@ later, elsewhere = (threading.Thread(target=time.sleep, args=(5,), daemon=True) 
 later.start()
 elsewhere.start()
 everything = sorted({cpu for plan in world.plans for cpu in plan.cpus})
-for _ in range(3):  # it may be about to be moved
-    os.sched_setaffinity(elsewhere.native_id, everything)
+for _ in range(3):  # when it has been moved for a while; it may be about to be moved
     time.sleep(0.2)
+    os.sched_setaffinity(elsewhere.native_id, everything)
 found = {thread: [] for thread in (0, later.native_id, elsewhere.native_id)}
 until = time.monotonic() + 2
 while time.monotonic() < until:
@@ -33,21 +33,25 @@ while time.monotonic() < until:
         cpus.append(sorted(os.sched_getaffinity(thread)))
     time.sleep(0.003)
 *found, elsewhere = found.values()
-assert all(cpus == everything for cpus in elsewhere)
-print(json.dumps([world.rank, world.plan.cpus, *found]), flush=True)
+stays = all(cpus == everything for cpus in elsewhere)
+print(json.dumps([world.rank, world.plan.cpus, *found, stays]), flush=True)
 world.barrier()
 """
 
 
 def watch(ranks: int) -> list[tuple[list[int], list[list[int]], list[list[int]]]]:
-    """Return each rank's CPUs, and those that its main thread and another one were let run on, every 3 ms."""
+    """Return each rank's CPUs, and those that its main thread and another one were let run on, every 3 ms.
+
+    A third thread has been put elsewhere, and is to stay there.
+    """
     environ = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = ["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = sorted(json.loads(line) for line in done.stdout.splitlines())
     assert [line[0] for line in lines] == list(range(ranks))
-    return [(cpus, main, later) for _, cpus, main, later in lines]
+    assert all(stays for *_, stays in lines)
+    return [(cpus, main, later) for _, cpus, main, later, _ in lines]
 
 
 @pytest.mark.mpi
