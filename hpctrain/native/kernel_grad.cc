@@ -1,8 +1,8 @@
 // TensorFlow operation HpctrainKernelGrad: the gradient of a convolution's kernel from bfloat16 images and gradients, on
 // processors with AMX or AVX512_BF16. kernel_grad.h says how.
 //
-// Results do not depend on the number of threads: each number of the gradient is summed up by one thread, in the order
-// of positions.
+// Results do not depend on the number of threads: each number of the gradient is summed up by one thread, in an order
+// that positions alone decide.
 
 #if defined(__x86_64__) && defined(__GNUC__) && __has_include(<amxbf16intrin.h>)  // g++ 11 and newer
 

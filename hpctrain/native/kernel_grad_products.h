@@ -1,7 +1,7 @@
 // The products of kernel_grad.h by the matrix instructions of AMX, and by the vector instructions of AVX512_BF16.
 //
 // Both multiply tiles: 16 numbers of `in` times 32 positions with 32 positions times 16 numbers of `out`. Each number of
-// the gradient is summed up in the order of positions, whatever is computed beside it.
+// the gradient is summed up in an order that positions alone decide, whatever is computed beside it.
 
 #ifndef HPCTRAIN_NATIVE_KERNEL_GRAD_PRODUCTS_H_
 #define HPCTRAIN_NATIVE_KERNEL_GRAD_PRODUCTS_H_
@@ -53,7 +53,7 @@ class AmxTiles {
 // A product waits for the one before that adds to the same tile, so four sums at a time are several times as fast as one.
 template <int as, int bs>
 inline void MultiplyAmx(const Bits* const* a, int64_t a_row, const Bits* const* b, int64_t positions, float* const* sums,
-                     int64_t sums_row, bool adding) {
+                        int64_t sums_row, bool adding) {
   static_assert(as * bs <= 4 && bs <= 2, "tiles 0 to 3 are for sums, 4 and 5 for a, 6 and 7 for b");
   constexpr int kSums = as * bs;
   const int64_t of_sums = sums_row * sizeof(float), of_a = a_row * sizeof(Bits);
