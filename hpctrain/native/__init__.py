@@ -13,7 +13,7 @@ from hpctrain.errors import UserError
 
 FOLDER = Path(__file__).parent
 # Each a .cc file of this folder.
-OPERATIONS = ("batch_norm", "crop_resize", "host_meeting", "kernel_grad", "momentum", "winograd")
+OPERATIONS = ("batch_norm", "crop_resize", "host_meeting", "host_summands", "kernel_grad", "momentum", "winograd")
 
 
 def compiled_file(operation: str) -> Path:
@@ -66,27 +66,41 @@ def kernel_grad() -> Any:
 
 
 def momentum() -> Any:
-    """Return the operation (variable, buffer, gradient, factor, rate, memory) for float32 variables, or None.
+    """Return the operation (variable, buffer, gradient, factor, rate, memory, summands) for float32 variables, or None.
 
     Variables are given by their handles. It sets step = factor * (gradient + decay * variable),
     buffer = momentum * buffer + step, and then variable -= rate * buffer, or rate * (momentum * buffer + step) with
     `nesterov`. `momentum`, `decay` and `nesterov` are attributes, factor and rate scalars. `memory` is empty, or the
     one handle of what the ranks of a host have in common. Where variable and buffer lie in that, it does so for part
-    number `part` of `parts` of the numbers.
+    number `part` of `parts` of the numbers. `summands` is empty, or the one handle of where the other ranks have laid
+    out theirs (`host_summands`), from `summands_offset` on: then the gradient is the sum of that and theirs.
     """
     loaded = _load("momentum")
     return loaded and loaded.hpctrain_momentum
 
 
 def host_meeting() -> Any:
-    """Return the operation (memory, variables), which waits until all ranks of a host have come to it, or None.
+    """Return the operation (memory, variables, summands, gradients), which waits for all ranks of a host, or None.
 
     `memory` is the handle of a uint8 variable over memory that they have in common, zeros in its first 256 bytes when
-    it is first used, and `ranks`, an attribute, how many they are. `variables` are handles of float32 variables in it,
-    from the bytes `offsets` on. If one is no longer there on some rank, all ranks get copies of their own of them all.
+    it is first used; `rank` of `ranks` are attributes. `variables` are handles of float32 variables in it, from the
+    bytes `offsets` on. If one is no longer there on some rank, all ranks get copies of their own of them all, and
+    `gradients` are laid out whole in `summands`, at the `summand_offsets`; both are empty where they are not used.
     """
     loaded = _load("host_meeting")
     return loaded and loaded.hpctrain_host_meeting
+
+
+def host_summands() -> Any:
+    """Return the module with `hpctrain_give_summands` and `hpctrain_host_squares`, or None.
+
+    The first is (summands, gradient) -> bool[]: it copies all of a float32 gradient but part number `part` of `parts`,
+    which nobody else will add up, into this rank's part of the uint8 variable `summands`, `offset` bytes from its
+    beginning, and tells whether the gradient is finite. The second is (memory, summands, gradients, weights) ->
+    float64[3, n]: |g|^2, |w|^2 and g.w, g the sum of the ranks' gradients. It waits for all ranks of the host,
+    of which each reads its part, and all get the same bits. It needs 24 n bytes at the beginning of each rank's part.
+    """
+    return _load("host_summands")
 
 
 def _load_if_it_works(operation: str) -> Any:

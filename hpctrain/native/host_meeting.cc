@@ -1,14 +1,16 @@
 // TensorFlow operation HpctrainHostMeeting: waits until all ranks of the host are there.
 //
-// The first input is the variable over the memory that they have in common, which `training/host_weights.py` sets up:
-// it begins with a Header. The others are variables in it. When a rank has assigned to one, which moves that variable to
-// memory of the rank's own, all ranks take copies of all of them, so that each goes on with what it sees.
+// The first input is the variable over the memory that they have in common. The others are variables in it. When a rank
+// has assigned to one, which moves that variable to memory of the rank's own, all ranks take copies of all of them, so that
+// each goes on with what it sees. If gradients are being added up (host_summands.cc), each also needs all of the sums then,
+// not its share alone: the ranks lay out what the others could do without so far.
 
-#include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "absl/status/status.h"
-#include "host_barrier.h"
+#include "host_memory.h"
+#include "host_share.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -19,29 +21,24 @@ namespace {
 
 namespace tf = tensorflow;
 
-// Zeros are its first state.
-struct Header {
-  hpctrain::HostBarrier barrier;
-  std::atomic<uint32_t> apart;  // whether a rank has found a variable elsewhere
-};
-
 class HostMeeting : public tf::OpKernel {
  public:
   explicit HostMeeting(tf::OpKernelConstruction* context) : tf::OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("ranks", &ranks_));
+    OP_REQUIRES_OK(context, context->GetAttr("rank", &rank_));
     OP_REQUIRES_OK(context, context->GetAttr("offsets", &offsets_));
+    OP_REQUIRES_OK(context, context->GetAttr("summand_offsets", &summand_offsets_));
+    OP_REQUIRES(context, 0 <= rank_ && rank_ < ranks_, absl::InvalidArgumentError("rank is to be one of ranks"));
   }
 
   void Compute(tf::OpKernelContext* context) override {
     tf::core::RefCountPtr<tf::Var> memory;
-    OP_REQUIRES_OK(context, tf::LookupResource(context, tf::HandleFromInput(context, 0), &memory));
-    OP_REQUIRES(context,
-                memory->tensor()->dtype() == tf::DT_UINT8 && memory->tensor()->NumElements() >= int64_t(sizeof(Header)),
-                absl::InvalidArgumentError("the memory of the host is to be bytes, and to have room for a barrier"));
-    OP_REQUIRES(context, int(offsets_.size()) == context->num_inputs() - 1,
-                absl::InvalidArgumentError("each variable is to have an offset"));
+    hpctrain::Header* header;
+    OP_REQUIRES_OK(context, hpctrain::FindHeader(context, 0, &memory, &header));
     uint8_t* start = memory->tensor()->flat<uint8_t>().data();
-    Header* header = reinterpret_cast<Header*>(start);
+    const int gradients = summand_offsets_.size(), given = gradients > 0;
+    OP_REQUIRES(context, int(offsets_.size()) == context->num_inputs() - 1 - given - gradients,
+                absl::InvalidArgumentError("each variable and each gradient is to have an offset"));
 
     std::vector<tf::core::RefCountPtr<tf::Var>> variables(offsets_.size());
     bool apart = false;
@@ -62,19 +59,37 @@ class HostMeeting : public tf::OpKernel {
       copy.flat<float>() = held->flat<float>();
       *held = copy;
     }
+    if (!given) return;
+    hpctrain::Summands summands;
+    OP_REQUIRES_OK(context, summands.Find(context, 1 + offsets_.size(), ranks_));
+    for (int i = 0; i < gradients; ++i) {
+      const tf::Tensor& gradient = context->input(2 + offsets_.size() + i);
+      const int64_t count = gradient.NumElements(), own = hpctrain::BeginOfShare(count, rank_, ranks_);
+      float* to = summands.Of<float>(rank_, summand_offsets_[i], count);
+      OP_REQUIRES(context, to != nullptr, absl::InvalidArgumentError("there is no room for a gradient"));
+      std::memcpy(to + own, gradient.flat<float>().data() + own,
+                  (hpctrain::BeginOfShare(count, rank_ + 1, ranks_) - own) * sizeof(float));
+    }
+    header->barrier.Wait(ranks_, [] {});
   }
 
  private:
-  int ranks_;
-  std::vector<int64_t> offsets_;
+  int rank_, ranks_;
+  std::vector<int64_t> offsets_, summand_offsets_;
 };
 
 REGISTER_OP("HpctrainHostMeeting")
     .Input("memory: resource")
     .Input("variables: number * resource")
+    .Input("summands: given * resource")
+    .Input("gradients: gradient_number * float")
     .Attr("number: int >= 0")
+    .Attr("given: int >= 0")
+    .Attr("gradient_number: int >= 0")
+    .Attr("rank: int >= 0")
     .Attr("ranks: int >= 1")
     .Attr("offsets: list(int)")
+    .Attr("summand_offsets: list(int)")
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::NoOutputs);
 

@@ -3,7 +3,9 @@
 // `optim/sgd.py` says what it computes. TensorFlow's operations take two passes for it, or a temporary gradient: an
 // update does next to no arithmetic, so its time is that of reading and writing.
 //
-// Where the ranks of a host have their variables in common, each computes a part of every one, where it lies.
+// Where the ranks of a host have their variables in common, each computes its share of every one, where it lies. The gradient
+// may then be what this rank has of it, with the others' in memory where they have laid it out (host_summands.cc): it is
+// added up here, without a pass of its own.
 //
 // Results are the same on every CPU and for any number of threads: no fused multiply-add (-ffp-contract=off), and each
 // number is computed by the same operations in the same order.
@@ -16,6 +18,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "each_cpu.h"
+#include "host_memory.h"
+#include "host_share.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -51,6 +55,9 @@ class Momentum : public tf::OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("nesterov", &rule_.nesterov));
     OP_REQUIRES_OK(context, context->GetAttr("part", &part_));
     OP_REQUIRES_OK(context, context->GetAttr("parts", &parts_));
+    OP_REQUIRES_OK(context, context->GetAttr("in_common", &memories_));
+    OP_REQUIRES_OK(context, context->GetAttr("given", &given_));
+    OP_REQUIRES_OK(context, context->GetAttr("summands_offset", &summands_offset_));
     OP_REQUIRES(context, 0 <= part_ && part_ < parts_, absl::InvalidArgumentError("part is to be one of parts"));
   }
 
@@ -86,17 +93,35 @@ class Momentum : public tf::OpKernel {
                 absl::FailedPreconditionError("variable and buffer are both to be in common or both this rank's own"));
     int64_t first = 0, end = gradient.NumElements();
     if (in_common) {
-      first = BeginOf(part_, end);
-      end = BeginOf(part_ + 1, end);
+      first = hpctrain::BeginOfShare(gradient.NumElements(), part_, parts_);
+      end = hpctrain::BeginOfShare(gradient.NumElements(), part_ + 1, parts_);
     } else {
       for (tf::Var* one : {variable.get(), buffer.get()}) OP_REQUIRES_OK(context, MakeOwn(context, one->tensor()));
+    }
+    hpctrain::Summands summands;
+    if (given_ > 0) {
+      OP_REQUIRES_OK(context, summands.Find(context, 5 + memories_, parts_));
+      OP_REQUIRES(context, summands.Of<float>(0, summands_offset_, gradient.NumElements()) != nullptr,
+                  absl::InvalidArgumentError("the gradient is to have been laid out"));
     }
     const float* from = gradient.flat<float>().data() + first;
     float* weights = variable->tensor()->flat<float>().data() + first;
     float* moved = buffer->tensor()->flat<float>().data() + first;
     const auto& threads = *context->device()->tensorflow_cpu_worker_threads();
     tf::Shard(threads.num_threads, threads.workers, end - first, kCycles, [&](int64_t begin, int64_t last) {
-      Update(rule, from + begin, weights + begin, moved + begin, last - begin);
+      if (given_ == 0) {
+        Update(rule, from + begin, weights + begin, moved + begin, last - begin);
+        return;
+      }
+      float sum[hpctrain::kBlock];
+      for (int64_t at = begin; at < last; at += hpctrain::kBlock) {
+        const int64_t n = std::min(hpctrain::kBlock, last - at);
+        const auto of_rank = [&](int rank) {
+          return (rank == part_ ? from : summands.Of<float>(rank, summands_offset_, 0) + first) + at;
+        };
+        hpctrain::AddRanks(parts_, of_rank, n, sum, sum);
+        Update(rule, sum, weights + at, moved + at, n);
+      }
     });
   }
 
@@ -112,9 +137,9 @@ class Momentum : public tf::OpKernel {
   }
 
   // Whether the variable lies in the memory that the ranks of the host have in common.
-  static absl::Status IsInCommon(tf::OpKernelContext* context, const tf::Tensor& held, bool* in_common) {
+  absl::Status IsInCommon(tf::OpKernelContext* context, const tf::Tensor& held, bool* in_common) const {
     *in_common = false;
-    if (context->num_inputs() <= 5) return absl::OkStatus();
+    if (memories_ == 0) return absl::OkStatus();
     tf::core::RefCountPtr<tf::Var> memory;
     TF_RETURN_IF_ERROR(tf::LookupResource(context, tf::HandleFromInput(context, 5), &memory));
     const absl::string_view all = memory->tensor()->tensor_data(), own = held.tensor_data();
@@ -122,16 +147,10 @@ class Momentum : public tf::OpKernel {
     return absl::OkStatus();
   }
 
-  // Where a part of so many numbers begins: parts are whole cache lines, about as many each.
-  int64_t BeginOf(int64_t part, int64_t count) const {
-    const int64_t lines = (count + kLine - 1) / kLine;
-    return std::min(count, lines * part / parts_ * kLine);
-  }
-
-  static constexpr int64_t kLine = 64 / sizeof(float);
   static constexpr int64_t kCycles = 5;  // a number takes: five times four bytes are read or written
   Rule rule_;
-  int part_, parts_;
+  int part_, parts_, memories_, given_;
+  int64_t summands_offset_;
 };
 
 REGISTER_OP("HpctrainMomentum")
@@ -141,7 +160,10 @@ REGISTER_OP("HpctrainMomentum")
     .Input("factor: float")
     .Input("rate: float")
     .Input("memory: in_common * resource")
+    .Input("summands: given * resource")
     .Attr("in_common: int >= 0 = 0")
+    .Attr("given: int >= 0 = 0")
+    .Attr("summands_offset: int = 0")
     .Attr("part: int = 0")
     .Attr("parts: int = 1")
     .Attr("momentum: float")

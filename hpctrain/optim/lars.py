@@ -164,7 +164,7 @@ class LARS(SGD):
             update.variable.assign_sub(tf.cast(rate, step.dtype) * step)
 
     def _with_factors(self, updates: list[Update], learning_rate: Any) -> list[tuple[Update, Any]]:
-        if self.norm == "combined":
+        if self.norm == "combined" and not self._adds_up:
             updates = [self._decayed(update) if self._trusted[update.position] else update for update in updates]
         factors = self._local_rates_by_position(updates, learning_rate, times_rate=self._rate_inside)
         if not self.decay_in_update:
@@ -194,9 +194,19 @@ class LARS(SGD):
     def _local_rates(self, updates: Sequence[Update], learning_rate: Any) -> Any:
         """Return the local rates of `updates` as one vector: scalar arithmetic once for all, not once a variable."""
         dtype = tf.float64 if any(update.weight.dtype == tf.float64 for update in updates) else tf.float32
-        weight_norms = _norms([update.weight for update in updates], dtype)
-        gradient_norms = _norms([update.gradient for update in updates], dtype)
-        decays = tf.constant([update.decay for update in updates], dtype)  # zeros with the combined norm
+        weights, gradients = [update.weight for update in updates], [update.gradient for update in updates]
+        decays = tf.constant([update.decay for update in updates], dtype)  # zeros if they are in the gradients already
+        if self._host and self._adds_up:
+            squares = self._host.squares(gradients, weights, [update.position for update in updates])
+            gradient_squares, weight_squares, products = tf.unstack(squares)
+            if self.norm == "combined":  # |g + wd * w|^2
+                wide = tf.cast(decays, tf.float64)
+                gradient_squares += wide * (2.0 * products + wide * weight_squares)
+                decays = tf.zeros_like(decays)
+            weight_norms = tf.cast(tf.sqrt(weight_squares), dtype)
+            gradient_norms = tf.cast(tf.sqrt(tf.maximum(gradient_squares, 0.0)), dtype)
+        else:
+            weight_norms, gradient_norms = _norms(weights, dtype), _norms(gradients, dtype)
         local = self.trust_coefficient * weight_norms / (gradient_norms + decays * weight_norms + self.epsilon)
         if self.clip:
             rate = tf.cast(learning_rate, dtype)

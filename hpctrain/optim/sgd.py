@@ -10,6 +10,7 @@ from hpctrain import native
 from hpctrain.errors import UserError, nearest
 from hpctrain.optim import exclusion
 from hpctrain.optim.exclusion import RANK_RULE, Exclusion
+from hpctrain.optim.host import HostPart
 
 RATES = ("inside", "outside")
 
@@ -23,22 +24,6 @@ class Update(NamedTuple):
     gradient: Any  # dense, in the variable's dtype
     decay: float  # weight decay not yet in `gradient`; 0.0 for a variable left out
     position: int  # the variable's position in the list the optimizer was built with
-
-
-class HostPart(NamedTuple):
-    """Which part of each update is a rank's, where the ranks of a host have the variables in common."""
-
-    memory: Any  # tf.Variable over all bytes that they have in common, as `native.host_meeting` wants it
-    variables: list[Any]  # tf.Variables that lie in it
-    offsets: list[int]  # in bytes, of each
-    part: int
-    parts: int
-
-    def meet(self, variables: bool = False) -> None:
-        """Wait for the other ranks of the host; look whether the variables are still in common, if asked to."""
-        handles = [variable.handle for variable in self.variables] if variables else []
-        offsets = self.offsets if variables else []
-        native.host_meeting()(self.memory.handle, handles, ranks=self.parts, offsets=offsets)
 
 
 @keras.saving.register_keras_serializable(package="hpctrain")
@@ -103,8 +88,13 @@ class SGD(keras.optimizers.Optimizer):
         """Return the tf.Variables that a step changes, number by number and in place; empty if it does not."""
         variables = [v.value for v in [*self._trainable_variables, *self._buffers]]
         alone = self.use_ema or self.gradient_accumulation_steps or any(v.constraint for v in self._trainable_variables)
-        fits = native.momentum() and native.host_meeting() and all(v.dtype == tf.float32 for v in variables)
-        return variables if fits and not alone else []
+        there = native.momentum() and native.host_meeting() and native.host_summands()
+        return variables if there and not alone and all(v.dtype == tf.float32 for v in variables) else []
+
+    @property
+    def may_add_up(self) -> bool:
+        """Whether gradients come to the update as they are, so that it may get summands instead of sums."""
+        return not (self.clipnorm or self.global_clipnorm or self.clipvalue or self.loss_scale_factor)
 
     def share_host(self, host: HostPart) -> None:
         """Change only a part of each variable in a step, as all ranks of the host do.
@@ -114,6 +104,10 @@ class SGD(keras.optimizers.Optimizer):
         without a copy changes then. To be called before a step is traced.
         """
         self._host = host
+
+    @property
+    def _adds_up(self) -> bool:
+        return self._host is not None and self._host.summands is not None
 
     @property
     def _rate_inside(self) -> bool:
@@ -149,13 +143,15 @@ class SGD(keras.optimizers.Optimizer):
         )
 
     def _apply_updates(self, updates: list[Update], learning_rate: Any) -> None:
+        gradients, positions = [u.gradient for u in updates], [u.position for u in updates]
+        if self._host and self._adds_up:  # all ranks have laid out their gradients, so they have done with the weights
+            self._host.meet_and_look(gradients, positions)
         with_factors = self._with_factors(updates, learning_rate)
-        if self._host:
-            # When its gradients and factors are there, a rank has done with the old weights. What has the same memory
-            # as an input is done in this order.
-            used = [*(factor for _, factor in with_factors if factor is not None), *(u.gradient for u in updates)]
+        if self._host and not self._adds_up:
+            # When its gradients and factors are there, a rank has done with the old weights.
+            used = [*(factor for _, factor in with_factors if factor is not None), *gradients]
             with tf.control_dependencies(used):
-                self._host.meet(variables=True)
+                self._host.meet_and_look(gradients, positions)
         for update, factor in with_factors:
             self._apply_update(update, factor, learning_rate)
         if self._host:
@@ -177,7 +173,7 @@ class SGD(keras.optimizers.Optimizer):
 
         With the rate inside, the buffer holds -v, as in Keras' SGD.
         """
-        variable, buffer, weight, gradient, decay, _ = update
+        variable, buffer, weight, gradient, decay, position = update
         dtype = weight.dtype
         factor = tf.ones((), dtype) if factor is None else tf.cast(factor, dtype)
         learning_rate = tf.cast(learning_rate, dtype)
@@ -189,6 +185,7 @@ class SGD(keras.optimizers.Optimizer):
                 factor=-factor if self._rate_inside else factor,
                 rate=-tf.ones(()) if self._rate_inside else learning_rate,
                 memory=[self._host.memory.handle] if self._host else [],
+                **(self._host.summands_of(position) if self._host else {"summands": []}),
                 part=self._host.part if self._host else 0,
                 parts=self._host.parts if self._host else 1,
                 momentum=self.momentum,

@@ -1,6 +1,6 @@
 """Sums over all ranks, inside the training step's graph: bucketed allreduce through Horovod."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,27 @@ class Reducer:
         self.bucket_bytes = bucket_bytes
         self.compression = compression
         self.deterministic = deterministic
+        self._give: Callable[[Sequence[Any]], Any] | None = None
+        self._given_finite: Any = None
         if world.size > 1:
             self._hvd = _start_horovod(world)
             if deterministic and world.size & (world.size - 1) == 0:
                 self._check_order()
+
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether sums of gradients are of float32 numbers as they are, in whatever order."""
+        return self.compression == "none" and not self.deterministic
+
+    def leave_sums_to_the_update(self, give: Callable[[Sequence[Any]], Any] | None) -> None:
+        """Have `sum_gradients` return what it is given, from now on, when `give` has laid it out for the other ranks.
+
+        `give` takes the gradients and returns whether they are finite (`optim/host.py`), and the update adds them up.
+        With None gradients are summed here. What was found in summands so far is forgotten.
+        """
+        self._give = give
+        if self.world.size > 1 and (look := _horovod_operation("summands_finite")):
+            look()
 
     def sum_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Return the sums over ranks of a list of tensors in the order of the layers, reduced bucket by bucket.
@@ -38,6 +55,10 @@ class Reducer:
         """
         if self.world.size == 1:
             return list(gradients)
+        if self._give is not None:
+            self._given_finite = self._give(gradients)
+            with tf.control_dependencies([self._given_finite]):
+                return [tf.identity(gradient) for gradient in gradients]
         sizes = [gradient.shape.num_elements() * gradient.dtype.size for gradient in gradients]
         sums: list[Any] = [None] * len(gradients)
         for number, bucket in enumerate(assign_buckets(sizes, self.bucket_bytes)):
@@ -58,14 +79,18 @@ class Reducer:
     @property
     def looks(self) -> bool:
         """Whether `summands_finite` can tell: not on a single rank, with compression, or with a Horovod as it comes."""
-        return self.world.size > 1 and self.compression == "none" and _horovod_operation("summands_finite") is not None
+        if self.world.size == 1 or self.compression != "none":
+            return False
+        return self._give is not None or _horovod_operation("summands_finite") is not None
 
     def summands_finite(self, sums: Sequence[Any]) -> Any:
         """Return bool[]: whether all that this rank has given to sums since it last asked was finite.
 
-        It is told once `sums` are there. Horovod looks while it has the numbers in the cache, which costs less than
-        reading them for that.
+        It is told once `sums` are there. Whoever adds or copies the numbers looks while it has them in the cache, which
+        costs less than reading them for that.
         """
+        if self._give is not None:
+            return self._given_finite
         with tf.control_dependencies(list(sums)):
             return _horovod_operation("summands_finite")()
 

@@ -6,6 +6,7 @@ machine, another hardware thread of the core, daemons. A rank that stays on the 
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 import struct
@@ -21,6 +22,7 @@ from hpctrain.parallel.world import World
 
 _PERIOD_SECONDS = 0.1  # shorter than the steps of large networks, and much longer than filling a cache takes
 _SHARE = 0.01  # of the time goes into it at most
+_TURNS_A_LOOK = 10  # whether all ranks are there, which takes longer than a turn
 _SLICE_NANOSECONDS = 100_000
 
 
@@ -83,7 +85,9 @@ def _exchange(group: Sequence[_Member]) -> None:
     home, cpus, used = group[0].cpus, [member.cpus for member in group], 0.0
     os.sched_setaffinity(0, home)
     _ask_for_short_slices()
-    while all(map(_is_there, group)):
+    for turn in itertools.count():
+        if turn % _TURNS_A_LOOK == 0 and not all(map(_is_there, group)):
+            return
         began = time.thread_time()
         threads = [_threads(member.process, own) for member, own in zip(group, cpus, strict=True)]
         time.sleep(max(_PERIOD_SECONDS, used / _SHARE))

@@ -61,8 +61,10 @@ class GuardedStep(TrainStep):
         small = self._sum_small([*state, tf.stack([loss, metrics[1]]), vote])
         if self.reducer.looks:
             self.reducer.summands_finite(small)  # what is in those is not to count in the next step
+        with tf.control_dependencies(small):
+            recorded = self.norms.record(sums, self._host)
         # Other ranks may change the weights as soon as this one goes on to the update.
-        with tf.control_dependencies([self.norms.record(sums)]):
+        with tf.control_dependencies([recorded]):
             return [*sums, *map(tf.identity, small)]
 
     def _update(self, total: list[Any], rate: Any) -> Any:

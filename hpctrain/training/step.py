@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from hpctrain.data.hashing import hash64
+from hpctrain.optim.host import HostPart
 from hpctrain.parallel.buckets import merge_plan
 from hpctrain.parallel.reduce import Reducer
 from hpctrain.training.host_weights import share_weights
@@ -66,6 +67,7 @@ class TrainStep:
         # for equal bits the parts are graphs of their own, the same on any number of ranks.
         self._finish = self._in_parts if deterministic else self._last_micro_batch_and_update
         self._began = False
+        self._host: HostPart | None = None
 
     def __call__(self, step: int, batches: Iterator[Any], learning_rate: float, stop: bool = False) -> StepResult:
         """Take optimizer step number `step` (from 1) with the next micro-batches of this rank.
@@ -73,7 +75,9 @@ class TrainStep:
         `stop` is this rank's vote for ending the run after this step; the result tells if anyone voted so.
         """
         if not self._began:
-            share_weights(self.optimizer, self.reducer.world)
+            self._host = share_weights(self.optimizer, self.reducer.world, summands=self.reducer.adds_plainly)
+            gives = self._host is not None and self._host.summands is not None
+            self.reducer.leave_sums_to_the_update(self._host.give if self._host and gives else None)
             self._began = True
         first = (step - 1) * self.global_micro_batches + self.reducer.world.rank * self.micro_batches
         pending: list[Payload] = []
@@ -129,7 +133,9 @@ class TrainStep:
     def _reduce(self, payload: Payload) -> Payload:
         """Sum the payload over all ranks: gradients by the bucket, the rest as one."""
         count = len(self.weights)
-        return [*self.reducer.sum_gradients(payload[:count]), *self._sum_small(payload[count:])]
+        sums = self.reducer.sum_gradients(payload[:count])
+        with tf.control_dependencies(sums):  # so that when the rest is there, every rank is as far as that
+            return [*sums, *self._sum_small(payload[count:])]
 
     def _update(self, total: Payload, rate: Any) -> Any:
         """Apply the summed payload to the variables; return [loss, share correct, stop votes]."""

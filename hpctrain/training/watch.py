@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hpctrain.data.checksum import crc32
 from hpctrain.optim import LARS
+from hpctrain.optim.host import HostPart
 from hpctrain.parallel.world import World
 
 _NAMED = 8  # ranks in an error
@@ -80,13 +81,19 @@ class NormWatch:
         """Say whether the next steps are to be taken down."""
         self._wanted.assign(wanted)
 
-    def record(self, gradients: Sequence[Any]) -> Any:
+    def record(self, gradients: Sequence[Any], host: HostPart | None = None) -> Any:
         """Take down |g|^2, |w|^2 and g.w of every weight, if wanted; return what is there when that is done.
 
-        `gradients` are sums over all ranks.
+        `gradients` are sums over all ranks, or where the host has summands, what this rank has given of those. All
+        ranks want them in the same steps.
         """
 
         def take() -> Any:
+            if host and host.summands is not None:
+                positions = range(len(self.weights))
+                host.meet_and_look(gradients, positions)
+                weights = [tf.convert_to_tensor(w.value) for w in self.weights]
+                return tf.cast(host.squares(gradients, weights, positions), tf.float32)
             pairs = [
                 (tf.cast(g, tf.float32), tf.cast(w.value, tf.float32))
                 for g, w in zip(gradients, self.weights, strict=True)

@@ -18,7 +18,7 @@ RULE: dict[str, Any] = {"momentum": 0.9, "decay": 0.01, "nesterov": False}
 def update(variable: Any, buffer: Any, gradient: Any, factor: Any = 0.5, rate: Any = 2.0, **rule: Any) -> None:
     operation = momentum()
     assert operation is not None, "run `python -m hpctrain.native.build`"
-    operation(variable.handle, buffer.handle, gradient, factor, rate, [], **{**RULE, **rule})
+    operation(variable.handle, buffer.handle, gradient, factor, rate, [], [], **{**RULE, **rule})
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,7 +99,7 @@ from hpctrain.native import momentum
 random = np.random.default_rng(0)
 w, v, g = (random.standard_normal(1_000_003).astype(np.float32) for _ in range(3))
 variable, buffer = tf.Variable(w), tf.Variable(v)
-momentum()(variable.handle, buffer.handle, g, 0.3, 0.7, [], momentum=0.9, decay=0.01, nesterov=True)
+momentum()(variable.handle, buffer.handle, g, 0.3, 0.7, [], [], momentum=0.9, decay=0.01, nesterov=True)
 print(hashlib.sha256(variable.numpy().tobytes() + buffer.numpy().tobytes()).hexdigest())
 """
 
