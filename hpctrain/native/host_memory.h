@@ -5,11 +5,9 @@
 
 #include <atomic>
 #include <cstdint>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "host_barrier.h"
-#include "host_share.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"

@@ -26,6 +26,11 @@ class HostPart:
     summands: Any = None  # tf.Variable over the bytes of all ranks, as `native.host_summands` wants it, or None
     summand_offsets: tuple[int, ...] = ()  # in bytes, of each of the optimizer's variables
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether gradients are laid out, so that what a rank has of them is not the sum."""
+        return self.summands is not None
+
     def give(self, gradients: Sequence[Any]) -> Any:
         """Lay out this rank's gradients, each as soon as it is there; return bool[]: whether all are finite.
 

@@ -107,7 +107,7 @@ class SGD(keras.optimizers.Optimizer):
 
     @property
     def _adds_up(self) -> bool:
-        return self._host is not None and self._host.summands is not None
+        return self._host is not None and self._host.adds_up
 
     @property
     def _rate_inside(self) -> bool:

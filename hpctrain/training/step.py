@@ -76,8 +76,7 @@ class TrainStep:
         """
         if not self._began:
             self._host = share_weights(self.optimizer, self.reducer.world, summands=self.reducer.adds_plainly)
-            gives = self._host is not None and self._host.summands is not None
-            self.reducer.leave_sums_to_the_update(self._host.give if self._host and gives else None)
+            self.reducer.leave_sums_to_the_update(self._host.give if self._host and self._host.adds_up else None)
             self._began = True
         first = (step - 1) * self.global_micro_batches + self.reducer.world.rank * self.micro_batches
         pending: list[Payload] = []

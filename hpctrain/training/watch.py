@@ -89,7 +89,7 @@ class NormWatch:
         """
 
         def take() -> Any:
-            if host and host.summands is not None:
+            if host and host.adds_up:
                 positions = range(len(self.weights))
                 host.meet_and_look(gradients, positions)
                 weights = [tf.convert_to_tensor(w.value) for w in self.weights]

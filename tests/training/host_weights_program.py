@@ -100,6 +100,9 @@ def main() -> None:
             assert len(set(world.allgather(bits(train_step)))) == 1, f"step {step} of {name}: ranks have other weights"
         has_neighbor = options.hosts.count(world.host) > 1
         assert in_common() == (name in OPTIMIZERS and not options.without_memory and has_neighbor), name
+        on_one_host = has_neighbor and len(set(options.hosts)) == 1
+        adds_up = train_step._host is not None and train_step._host.adds_up
+        assert adds_up == (in_common() and on_one_host and "clipnorm" not in settings), name
         common = everything(train_step)
         weight = train_step.weights[0].value
         if world.rank == 1:  # whoever assigns to a variable changes its own

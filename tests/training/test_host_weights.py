@@ -37,6 +37,8 @@ def run(out: Path, hosts: str, *options: str) -> dict[str, list[np.ndarray]]:
 def test_weights_in_common_have_the_bits_of_those_that_are_not(hosts: str, options: list[str], tmp_path: Path) -> None:
     common = run(tmp_path / "common", hosts)
     assert len(common) == len(hosts) * len({**NOT_IN_COMMON, **OPTIMIZERS})
+    different = {b"".join(array.tobytes() for array in arrays) for arrays in common.values()}
+    assert len(different) == 2 * len({**NOT_IN_COMMON, **OPTIMIZERS})  # the rank that assigned has others than the rest
     apart = run(tmp_path / "apart", hosts, "--without-memory", *options)
     for name, arrays in common.items():
         *arrays, first_norms, last_norms = arrays
