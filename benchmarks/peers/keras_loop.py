@@ -17,7 +17,7 @@ def prepare(work: Work) -> None:
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(work.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(min(2, work.threads))
     keras.config.set_dtype_policy(work.precision)
 
 

@@ -25,7 +25,9 @@ from hpctrain.training.evaluate import Evaluator
 def configure_tensorflow(config: Config, world: World) -> None:
     """Set threads, their CPUs, determinism and precision. All ranks call it, once, before TensorFlow runs anything."""
     tf.config.threading.set_intra_op_parallelism_threads(world.plan.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    # Two operations at a time, as in the backward pass a layer's gradients of its input and of its kernel need not wait
+    # for each other: a thread that has done its part of the one goes on with the other.
+    tf.config.threading.set_inter_op_parallelism_threads(min(2, world.plan.threads))
     with without_chatter():
         tf.constant(0)
     if config.train.rotate_cpus:

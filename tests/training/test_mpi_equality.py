@@ -29,6 +29,18 @@ def test_powers_of_two_ranks_give_the_same_bits(
     assert_same_bits(run, exact_run)
 
 
+def test_ranks_with_two_threads_each_give_the_same_bits_on_any_number(
+    shards: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    runs = []
+    for ranks in (1, 2):
+        run_dir = tmp_path / str(ranks)
+        launcher.train(ranks, run_dir, f"data.path={shards}", *EXACT, "train.threads=2", "train.steps=6")
+        runs.append(read_run(run_dir))
+    assert len(runs[0].losses) == 6
+    assert_same_bits(*runs)
+
+
 def test_three_ranks_agree_to_rounding(shards: Path, exact_run: Run, launcher: Launcher, tmp_path: Path) -> None:
     launcher.train(3, tmp_path / "run", f"data.path={shards}", *EXACT, "train.steps=4")
     run = read_run(tmp_path / "run")
