@@ -28,7 +28,8 @@ from benchmarks.peers.runner import (
 )
 
 _BATCH = 32  # of a rank
-_STEPS, _FIRST_STEPS = 12, 2  # of a start, and those that do not count as steps
+_FIRST_STEPS = 2  # of a start, which do not count as steps
+_FEWEST_STEPS, _STEPS_OF_ALL = 12, 300  # of a start; more ranks on the same cores take longer for each
 _MEMORY_SHARE = 0.9  # of what is free, that ranks may take
 
 
@@ -44,24 +45,25 @@ def allreduce(sizes: str, repeats: int, until: float) -> dict[str, Any]:
 def start_up(ranks: int, until: float) -> dict[str, Any]:
     """Start `hpctrain train demo` on made-up images; return medians over ranks, and the slowest rank's first step.
 
-    `images_per_second` is that of all ranks together, over the steps after the first two.
+    `step_seconds` and `images_per_second`, that of all ranks together, are means over the steps after the first two.
     """
+    steps = max(_FEWEST_STEPS, _STEPS_OF_ALL // ranks)
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "benchmarks.peers.startup", "demo", "--run-dir", f"{folder}/run"),
             *("data.synthetic=true", "data.path=null", "model.num_classes=10", "log.tensorboard=false"),
-            *(f"train.micro_batch={_BATCH}", f"train.global_batch={_BATCH * ranks}", f"train.steps={_STEPS}"),
+            *(f"train.micro_batch={_BATCH}", f"train.global_batch={_BATCH * ranks}", f"train.steps={steps}"),
         ]
         lines = run_commands([mpirun(ranks, command)], until=until)
     if len(lines) != ranks:
         raise Failed(f"{len(lines)} of {ranks} ranks printed their figures")
-    steps = [statistics.median(line["step_seconds"][_FIRST_STEPS - 1 :]) for line in lines]
+    means = [statistics.mean(line["step_seconds"][_FIRST_STEPS - 1 :]) for line in lines]
     return {
         "ranks": ranks,
         "phases": {phase: statistics.median(line["phases"][phase] for line in lines) for phase in lines[0]["phases"]},
         "first_step_seconds": max(line["first_step_seconds"] for line in lines),
-        "step_seconds": max(steps),
-        "images_per_second": _BATCH * ranks / max(steps),
+        "step_seconds": max(means),
+        "images_per_second": _BATCH * ranks / max(means),
         "peak_rss_mb": max(line["peak_rss_mb"] for line in lines),
         "shared_out_mb": statistics.mean(line["shared_out_mb"] for line in lines),
     }

@@ -50,7 +50,7 @@ def change(facts: list[Facts], rank: int, **values: object) -> None:
     facts[rank] = dataclasses.replace(facts[rank], **values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("version", "said"), [("0.28.1", True), ("0.28.1+hpctrain6", False), (None, False)])
+@pytest.mark.parametrize(("version", "said"), [("0.28.1", True), ("0.28.1+hpctrain7", False), (None, False)])
 def test_a_horovod_as_it_comes_is_told(version: str | None, said: bool) -> None:
     facts = make_facts(2)
     others = {name: v for name, v in facts[0].versions.items() if name != "horovod"}
